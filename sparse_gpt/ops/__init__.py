@@ -1,0 +1,6 @@
+"""Sparse linear algebra as functions: knows tensors and patterns, no model and no method."""
+
+from sparse_gpt.ops.dispatch import KERNELS, Kernel, resolve_kernel
+from sparse_gpt.ops.pattern import Pattern
+
+__all__ = ["KERNELS", "Kernel", "Pattern", "resolve_kernel"]

@@ -1,0 +1,216 @@
+"""GPT-3: a pre-LN, GPT-2-style decoder with learned positions and tied embeddings.
+
+Attention is full and causal in every layer (the authors' GPT code; FACTS section 2). q, k and v
+are separate layers, so that each has its own topology; they are fused only at export.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparse_gpt.model.linear import SparseLinear
+
+IGNORE = -100  # target value that is not scored
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Dimensions of a GPT. `d_head = d_model / n_head`; `n_positions` is the longest sequence."""
+
+    n_layer: int
+    n_head: int
+    d_model: int
+    d_ff: int
+    vocab_size: int
+    n_positions: int
+    activation: str = "gelu"  # "gelu" (exact) or "gelu_new" (tanh, Hugging Face GPT-2)
+    dropout: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    init_std: float = 0.02
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.d_model % self.n_head:
+            raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
+
+    @property
+    def d_head(self) -> int:
+        return self.d_model // self.n_head
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head causal self-attention; with document ids it also stops at their boundaries."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.n_head, self.dropout = config.n_head, config.dropout
+        self.q, self.k, self.v, self.o = (SparseLinear(d, d) for _ in range(4))
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        batch, length, width = x.shape
+
+        def heads(y: Tensor) -> Tensor:
+            return y.view(batch, length, self.n_head, -1).transpose(1, 2)
+
+        y = F.scaled_dot_product_attention(
+            heads(self.q(x)),
+            heads(self.k(x)),
+            heads(self.v(x)),
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None,
+        )
+        return self.o(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class MLP(nn.Module):
+    """`fc2(act(fc1(x)))`."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.fc1 = SparseLinear(config.d_model, config.d_ff)
+        self.fc2 = SparseLinear(config.d_ff, config.d_model)
+        self.act = ACTIVATIONS[config.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-LN transformer block."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+        self.drop = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = x + self.drop(self.attn(self.ln_1(x), mask))
+        return x + self.drop(self.mlp(self.ln_2(x)))
+
+
+class GPT(nn.Module):
+    """Token ids to next-token logits, or to a loss where targets are given.
+
+    Weights are uninitialised until `init_weights`: initialisation is a function of (seed, name),
+    not of the order of construction, and at ZeRO 3 it happens one parameter at a time.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wpe = nn.Embedding(config.n_positions, config.d_model)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
+
+    def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """`input_ids [B, S]` -> final hidden states `[B, S, d_model]`, after the last LayerNorm."""
+        length = input_ids.shape[1]
+        if length > self.config.n_positions:
+            raise ValueError(
+                f"a sequence of {length} tokens is longer than n_positions "
+                f"{self.config.n_positions}"
+            )
+        mask = None if document_ids is None else document_mask(document_ids)
+        positions = torch.arange(length, device=input_ids.device)
+        x = self.drop(self.wte(input_ids) + self.wpe(positions))
+        for block in self.h:
+            if self.config.activation_checkpointing and self.training:
+                x = checkpoint(block, x, mask, use_reentrant=False)
+            else:
+                x = block(x, mask)
+        return self.ln_f(x)
+
+    def logits(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """`[B, S]` -> `[B, S, vocab_size]` in the model's dtype; the head is the embedding."""
+        return F.linear(self.hidden(input_ids, document_ids), self.wte.weight)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Logits, or with `targets [B, S]` (`-100` = not scored) the cross-entropy in nats, fp32."""
+        logits = self.logits(input_ids, document_ids)
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(),
+            targets.flatten(),
+            ignore_index=IGNORE,
+            reduction=reduction,
+        )
+
+    def sparse_layers(self) -> dict[str, SparseLinear]:
+        """Every layer that can be sparse, by the name of its weight: `h.0.attn.q.weight`, ..."""
+        return {
+            f"{name}.weight": module
+            for name, module in self.named_modules()
+            if isinstance(module, SparseLinear)
+        }
+
+    def init_weights(
+        self,
+        seed: int,
+        gathered: Callable[[nn.Parameter], AbstractContextManager[object]] | None = None,
+    ) -> None:
+        """Initialise every parameter from (seed, its name).
+
+        | parameter                         | value                                            |
+        |-----------------------------------|--------------------------------------------------|
+        | wte, wpe, q, k, v, fc1            | normal, std 0.02, truncated at 2 std             |
+        | attention output, fc2 (residual)  | the same with std 0.02 / sqrt(2 n_layer)         |
+        | biases                            | 0                                                |
+        | LayerNorm                         | weight 1, bias 0                                 |
+
+        The same at every width and sparsity (the authors' GPT code; FACTS section 2). `gathered`
+        opens one parameter at a time where parameters are sharded.
+        """
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
+        for name, parameter in self.named_parameters():
+            with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif ".ln_" in name or name.startswith("ln_"):
+                    parameter.fill_(1.0)
+                else:
+                    residual = name.endswith(("attn.o.weight", "mlp.fc2.weight"))
+                    std = residual_std if residual else self.config.init_std
+                    parameter.copy_(draw_weight(seed, name, tuple(parameter.shape), std))
+
+
+def draw_weight(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+    """fp32 normal values truncated at 2 std, a function of (seed, name) alone; on the CPU."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    values = torch.empty(shape, dtype=torch.float32)
+    return nn.init.trunc_normal_(values, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+
+def document_mask(document_ids: Tensor) -> Tensor:
+    """`[B, S]` document numbers -> bool `[B, 1, S, S]`, True where a position may look."""
+    length = document_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=document_ids.device).tril()
+    same = document_ids[:, :, None] == document_ids[:, None, :]
+    return (same & causal)[:, None]

@@ -1,0 +1,36 @@
+"""A linear layer whose weight may be sparse."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_gpt.ops import KERNELS, Kernel, Pattern
+
+
+class SparseLinear(nn.Module):
+    """`y = x (A * W)^T + b`; without a pattern, exactly `nn.Linear`.
+
+    The weight is a dense `[out, in]` parameter (masked storage). Which entries take part is the
+    `pattern`; it belongs to the topology controller, which also sets `dense_grad` for the steps
+    whose dense gradient grows new weights. Neither is part of the state dict: a topology is saved
+    by the checkpoint, sharded.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features))
+        self.pattern: Pattern | None = None
+        self.dense_grad = False
+        self.kernel: Kernel = KERNELS["masked"]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pattern is None:
+            return F.linear(x, self.weight, self.bias)
+        grad = "dense" if self.dense_grad else "active"
+        return self.kernel(x, self.weight, self.bias, self.pattern, grad)
+
+    def extra_repr(self) -> str:
+        block = None if self.pattern is None else self.pattern.block
+        return f"in_features={self.in_features}, out_features={self.out_features}, block={block}"
