@@ -151,7 +151,7 @@ class GPT(nn.Module):
         document_ids: Tensor | None = None,
         reduction: str = "mean",
     ) -> Tensor:
-        """Logits, or with `targets [B, S]` (`-100` = not scored) the cross-entropy in nats, fp32."""
+        """Logits, or with `targets [B, S]` (`-100` = not scored) the cross-entropy in nats."""
         logits = self.logits(input_ids, document_ids)
         if targets is None:
             return logits

@@ -3,7 +3,7 @@
     y = x (A * W)^T + b            A: the forward set, a 0/1 mask over W
     dX = dY (A * W)
     dW = A * (dY^T X)              grad="active": what training needs
-    dW = dY^T X                    grad="dense":  what growth by gradient needs (RigL, eq. dense grad)
+    dW = dY^T X                    grad="dense":  what growth by gradient needs (RigL)
 
 Every kernel is tested against this function; it is written to be read, not to be fast.
 """
