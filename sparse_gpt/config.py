@@ -1,0 +1,347 @@
+"""The run configuration: one frozen object. Names are the authors' own where they have one.
+
+What DeepSpeed gets is derived from it in `train/engine.py`, never written by the user.
+"""
+
+import math
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sparse_gpt.errors import UserError
+from sparse_gpt.ift import MEMBERS
+from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.model.presets import preset
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Section(BaseModel):
+    """A frozen section of the configuration."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(Section):
+    """The dense base model; `preset` gives the dimensions, single ones may be overridden."""
+
+    preset: str | None = None
+    n_layer: Positive | None = None
+    n_head: Positive | None = None
+    d_model: Positive | None = None
+    d_ff: Positive | None = None
+    activation: Literal["gelu", "gelu_new"] = "gelu"
+    dropout: Fraction = 0.0
+    layer_norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class IFTConfig(Section):
+    """The Sparse-IFT member that turns the base model into a wider, sparse one.
+
+    `iso_flop: layer` keeps each sparsified layer's FLOPs (the papers' GPT rows); `head: dense`
+    leaves the tied LM head dense at the wide width.
+    """
+
+    member: Literal["none", "wide"] = "none"
+    sparsity: Fraction | None = None  # default: sparsity.sparsity
+    iso_flop: Literal["layer"] = "layer"
+    heads: Literal["keep", "fixed_d_head"] = "keep"
+    head: Literal["dense"] = "dense"
+    multiple_of: Positive | None = None  # widths that this many divide; default: the block
+
+
+class StructureConfig(Section):
+    """Shape of what is kept or dropped together."""
+
+    type: Literal["unstructured", "block"] = "unstructured"
+    block: tuple[Positive, Positive] = (1, 1)  # b_out, b_in
+    score: Literal["l2", "max"] = "l2"
+
+    @model_validator(mode="after")
+    def _check(self) -> "StructureConfig":
+        if self.type == "block" and self.block == (1, 1):
+            raise ValueError("structure type block needs block: [b_out, b_in], e.g. [16, 16]")
+        if self.type == "unstructured" and self.block != (1, 1):
+            raise ValueError("structure.block is set but type is unstructured; set type: block")
+        return self
+
+
+class DropFractionConfig(Section):
+    """f(t) = init/2 (1 + cos(pi t / half_period)); half_period in steps, default update.stop."""
+
+    type: Literal["cosine", "constant"] = "cosine"
+    init: Annotated[float, Field(ge=0.0, le=1.0)] = 0.3
+    half_period: Positive | None = None
+
+
+class UpdateConfig(Section):
+    """When the topology changes.
+
+    `stop`: a fraction of all steps (0-1] or a number of steps. `mode: follow` updates after the
+    optimizer step (the authors' GPT code); `replace`: instead of it (RigL as published).
+    """
+
+    freq: Positive = 100
+    stop: Annotated[float, Field(gt=0.0)] | Positive = 0.75
+    mode: Literal["follow", "replace"] = "follow"
+
+
+PARAM_FILTER = (
+    "h.*.attn.q.weight",
+    "h.*.attn.k.weight",
+    "h.*.attn.v.weight",
+    "h.*.attn.o.weight",
+    "h.*.mlp.fc1.weight",
+    "h.*.mlp.fc2.weight",
+)
+
+
+class SparsityConfig(Section):
+    """What is sparse, how much, and how the pattern moves."""
+
+    sparsity: Fraction = 0.0
+    algorithm: Literal["static", "set", "rigl"] = "static"
+    structure: StructureConfig = StructureConfig()
+    distribution: Literal["uniform"] = "uniform"
+    drop_fraction: DropFractionConfig = DropFractionConfig()
+    update: UpdateConfig = UpdateConfig()
+    param_filter: tuple[str, ...] = PARAM_FILTER
+    storage: Literal["masked"] = "masked"
+    kernel: Literal["auto", "masked", "reference"] = "auto"
+    growth_score: Literal["exact"] = "exact"
+
+
+class DataSource(Section):
+    """A folder made by prepare_data, or a Megatron `.bin/.idx` prefix."""
+
+    path: Path
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    val_fraction: Fraction = 0.01  # Megatron files only: documents held out
+
+
+class OptimizerConfig(Section):
+    """AdamW. Biases, LayerNorms and embeddings do not decay."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 6e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 = off
+
+
+class ScheduleConfig(Section):
+    """Learning rate over tokens: linear warmup, then cosine, linear or constant; or WSD.
+
+    At most one of `warmup_tokens`, `warmup_steps`, `warmup_fraction`. WSD holds the peak and
+    decays linearly over the last `decay_fraction` of all steps.
+    """
+
+    type: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_tokens: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_fraction: Fraction | None = None
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleConfig":
+        given = [
+            key
+            for key in ("warmup_tokens", "warmup_steps", "warmup_fraction")
+            if getattr(self, key) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"give one of {', '.join(given)}, not {len(given)}")
+        return self
+
+
+class DeepSpeedConfig(Section):
+    """ZeRO, as DeepSpeed names it. Buckets are in elements."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    reduce_bucket_size: Positive = 50_000_000
+    allgather_bucket_size: Positive = 50_000_000
+    overlap_comm: bool = True
+    param_persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
+
+
+class CheckpointConfig(Section):
+    """`resume: auto` goes on from the newest checkpoint, `required` insists, `never` starts new."""
+
+    every: Positive | None = None  # steps; none = at the end only
+    keep_last: Positive = 2
+    resume: Literal["auto", "required", "never"] = "auto"
+
+
+class EvaluationConfig(Section):
+    """Validation loss on the held-out split, every so many steps and at the end."""
+
+    every: Positive | None = None
+    sequences: Positive | None = None  # none = the whole split
+
+
+class LoggingConfig(Section):
+    """JSONL and TensorBoard always; wandb where its extra is installed."""
+
+    every: Positive = 10
+    wandb: bool = False
+    wandb_project: str = "sparse_gpt"
+
+
+class RunConfig(Section):
+    """Everything a pretraining run depends on."""
+
+    name: str = "run"
+    output_dir: Path | None = None  # default: runs/<name>
+    seed: Annotated[int, Field(ge=0)] = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    init_from: Path | None = None  # a Hugging Face GPT-2 folder to start from
+
+    data: tuple[DataSource, ...] = ()
+    document_attention: bool = False  # attention stops at document boundaries
+    seq_len: Positive = 1024
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive | None = None  # sequences; default: one micro-batch a rank
+    max_tokens: Positive | None = None
+    max_steps: Positive | None = None
+    stop_after: Positive | None = None  # end this session after so many steps, checkpointed
+
+    model: ModelConfig = ModelConfig()
+    ift: IFTConfig = IFTConfig()
+    sparsity: SparsityConfig = SparsityConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    peak_tflops: Annotated[float, Field(gt=0)] | None = None  # a device's, for MFU
+
+    @model_validator(mode="after")
+    def _check(self) -> "RunConfig":
+        if not self.data:
+            raise ValueError("data: no corpus given; e.g. data: [{path: data/novels}]")
+        if (self.max_tokens is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of max_tokens, max_steps")
+        if self.precision == "bf16" and self.deepspeed.zero_stage == 0:
+            raise ValueError(
+                "precision: bf16 needs fp32 master weights, which deepspeed.zero_stage 0 has not; "
+                "set deepspeed.zero_stage: 1 (or higher) or precision: fp32"
+            )
+        if self.global_batch_size and self.global_batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"micro_batch_size {self.micro_batch_size}"
+            )
+        _ = self.dims
+        self._check_blocks()
+        return self
+
+    def _check_blocks(self) -> None:
+        b_out, b_in = self.sparsity.structure.block
+        d, f = self.dims["d_model"], self.dims["d_ff"]
+        for key, width in (("d_model", d), ("d_ff", f)):
+            for axis, size in (("b_out", b_out), ("b_in", b_in)):
+                if width % size:
+                    raise ValueError(
+                        f"sparsity.structure.block: {axis} {size} does not divide {key} {width} "
+                        f"(of the model as trained); choose another block, or set "
+                        f"ift.multiple_of: {math.lcm(b_out, b_in)}"
+                    )
+
+    @property
+    def base_dims(self) -> dict[str, int]:
+        """`n_layer, n_head, d_model, d_ff` of the dense base model."""
+        dims: dict[str, int] = dict(preset(self.model.preset)) if self.model.preset else {}
+        for key in ("n_layer", "n_head", "d_model", "d_ff"):
+            value = getattr(self.model, key)
+            if value is not None:
+                dims[key] = value
+        if "d_ff" not in dims and "d_model" in dims:
+            dims["d_ff"] = 4 * dims["d_model"]
+        missing = [key for key in ("n_layer", "n_head", "d_model") if key not in dims]
+        if missing:
+            raise ValueError(f"model: set preset, or {', '.join(missing)}")
+        if dims["d_model"] % dims["n_head"]:
+            raise ValueError(
+                f"model.d_model {dims['d_model']} is not divisible by model.n_head {dims['n_head']}"
+            )
+        return dims
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """The dimensions of the model as trained, after the Sparse-IFT member."""
+        if self.ift.member == "none":
+            return self.base_dims
+        sparsity = self.ift.sparsity if self.ift.sparsity is not None else self.sparsity.sparsity
+        multiple = self.ift.multiple_of or math.lcm(*self.sparsity.structure.block)
+        widen = MEMBERS[self.ift.member]
+        return widen(
+            self.base_dims,
+            sparsity,
+            heads=self.ift.heads,
+            multiple_of=None if multiple == 1 else multiple,
+        )
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        """The model as trained, for a vocabulary."""
+        return GPTConfig(
+            **self.dims,
+            vocab_size=vocab_size,
+            n_positions=self.seq_len,
+            activation=self.model.activation,
+            dropout=self.model.dropout,
+            layer_norm_epsilon=self.model.layer_norm_epsilon,
+            init_std=self.model.init_std,
+            activation_checkpointing=self.model.activation_checkpointing,
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir or Path("runs") / self.name
+
+    def batch(self, world_size: int) -> int:
+        """Sequences in one optimizer step."""
+        return self.global_batch_size or self.micro_batch_size * world_size
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches a rank accumulates in one optimizer step."""
+        batch, per_pass = self.batch(world_size), self.micro_batch_size * world_size
+        if batch % per_pass:
+            raise UserError(
+                f"global_batch_size {batch} is not a multiple of micro_batch_size "
+                f"{self.micro_batch_size} x {world_size} ranks"
+            )
+        return batch // per_pass
+
+    def total_steps(self, world_size: int) -> int:
+        """Optimizer steps of the whole run: ceil(max_tokens / tokens a step)."""
+        if self.max_steps is not None:
+            return self.max_steps
+        assert self.max_tokens is not None
+        return -(-self.max_tokens // (self.batch(world_size) * self.seq_len))
+
+    def warmup_steps(self, world_size: int) -> int:
+        """Optimizer steps of the linear warmup."""
+        s = self.schedule
+        if s.warmup_steps is not None:
+            return s.warmup_steps
+        if s.warmup_tokens is not None:
+            return -(-s.warmup_tokens // (self.batch(world_size) * self.seq_len))
+        return math.ceil((s.warmup_fraction or 0.0) * self.total_steps(world_size))
+
+    def update_stop(self, world_size: int) -> int:
+        """First step without topology updates: ceil of a fraction of all steps, or as given."""
+        stop = self.sparsity.update.stop
+        if isinstance(stop, float) and stop <= 1.0:
+            # Decimal text, so that 0.07 * 100 is 7 and not 7.000000000000001.
+            ratio = Decimal(repr(stop)) * self.total_steps(world_size)
+            return math.ceil(ratio)
+        return int(stop)
