@@ -1,0 +1,246 @@
+"""Tokenised data on disk, read through memory maps.
+
+A prepared folder holds `<split>-00000.bin`, ... (little-endian uint16 or uint32 token ids),
+`<split>.doc.npy` (uint64: where each document starts in the whole split, then its end),
+`index.json` (written last) and `tokenizer/`. A Megatron-LM `.bin/.idx` pair opens as well.
+Every document ends with the end token, which belongs to it.
+"""
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+
+from sparse_gpt.data.shard_index import (
+    DTYPES,
+    TOKENIZER_FOLDER,
+    ShardIndex,
+    SplitEntry,
+    read_index,
+    sha256_file,
+)
+from sparse_gpt.errors import UserError
+
+_CHUNK = 1 << 22
+_MAX_DOCUMENTS = 2**31 - 1
+
+
+class TokenSplit:
+    """One split as a single run of tokens over any number of shards.
+
+    shards: 1-D integer arrays (memory maps). document_starts: uint64 [documents + 1], strictly
+    rising from 0 to n_tokens. n_bytes and n_words are None where the format does not keep them.
+    `name` appears in errors.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        shards: Sequence[np.ndarray],
+        document_starts: np.ndarray,
+        vocab_size: int,
+        n_bytes: int | None = None,
+        n_words: int | None = None,
+    ):
+        self.name = name
+        self._shards = list(shards)
+        self._ends = list(accumulate(len(shard) for shard in self._shards))
+        self.n_tokens = self._ends[-1] if self._ends else 0
+        self.n_bytes = n_bytes
+        self.n_words = n_words
+        self.document_starts = document_starts
+        self.n_documents = len(document_starts) - 1
+        self._vocab_size = vocab_size
+        _check_starts(name, document_starts, self.n_tokens)
+
+    def read(self, start: int, n: int) -> np.ndarray:
+        """Tokens [start, start + n) as int64 [n], across shards.
+
+        Raises IndexError outside the split, UserError for an id outside the vocabulary (a
+        damaged file, or one of another tokenizer).
+        """
+        if start < 0 or n < 0 or start + n > self.n_tokens:
+            raise IndexError(
+                f"{self.name}: tokens [{start}, {start + n}) of a split of {self.n_tokens}"
+            )
+        out = np.empty(n, dtype=np.int64)
+        filled, shard = 0, bisect.bisect_right(self._ends, start)
+        while filled < n:
+            offset = start + filled - (self._ends[shard] - len(self._shards[shard]))
+            piece = self._shards[shard][offset : offset + n - filled]
+            out[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            shard += 1
+        if n and (out.max() >= self._vocab_size or out.min() < 0):
+            bad = int(np.argmax((out >= self._vocab_size) | (out < 0)))
+            raise UserError(
+                f"{self.name}: token {start + bad} is {out[bad]}, outside the vocabulary of "
+                f"{self._vocab_size}; the data is damaged or of another tokenizer"
+            )
+        return out
+
+    def document_ids(self, start: int, n: int) -> np.ndarray:
+        """Number of the document that holds each of the tokens [start, start + n): int32 [n]."""
+        if start < 0 or n < 0 or start + n > self.n_tokens:
+            raise IndexError(
+                f"{self.name}: tokens [{start}, {start + n}) of a split of {self.n_tokens}"
+            )
+        if n == 0:
+            return np.empty(0, dtype=np.int32)
+        starts = self.document_starts
+        first = int(np.searchsorted(starts, np.uint64(start), side="right")) - 1
+        last = int(np.searchsorted(starts, np.uint64(start + n - 1), side="right")) - 1
+        inside = starts[first + 1 : last + 1].astype(np.int64) - start
+        out = np.zeros(n, dtype=np.int32)
+        out[inside] = 1
+        return np.cumsum(out, dtype=np.int32) + np.int32(first)
+
+
+def _check_starts(name: str, starts: np.ndarray, n_tokens: int) -> None:
+    if starts.ndim != 1 or starts.dtype != np.uint64 or len(starts) < 1:
+        raise UserError(f"{name}: document boundaries must be a 1-D uint64 array")
+    if len(starts) - 1 > _MAX_DOCUMENTS:
+        raise UserError(f"{name}: more than {_MAX_DOCUMENTS} documents are not supported")
+    if int(starts[0]) != 0 or int(starts[-1]) != n_tokens:
+        raise UserError(
+            f"{name}: document boundaries run from {starts[0]} to {starts[-1]}, the tokens from "
+            f"0 to {n_tokens}"
+        )
+    for at in range(0, len(starts) - 1, _CHUNK):
+        piece = np.asarray(starts[at : at + _CHUNK + 1])
+        if not (piece[1:] > piece[:-1]).all():
+            raise UserError(f"{name}: document boundaries do not rise")
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """Opened data. tokenizer_sha256 and tokenizer_path are None where the format has none.
+
+    identity: a digest that stays the same wherever the data lies, for checkpoints.
+    """
+
+    path: Path
+    vocab_size: int
+    eos_id: int
+    tokenizer_sha256: str | None
+    tokenizer_path: Path | None
+    splits: dict[str, TokenSplit]
+    identity: str
+
+    def split(self, name: str) -> TokenSplit:
+        """The named split; UserError listing those there are."""
+        if name not in self.splits:
+            raise UserError(
+                f"data path {self.path} has no split {name!r}; it has: "
+                f"{', '.join(self.splits) or 'none'}"
+            )
+        return self.splits[name]
+
+
+def open_data(path: str | Path, *, val_fraction: float = 0.01) -> TokenData:
+    """Open a prepared folder, or a Megatron-LM pair by its prefix (`foo` for foo.bin, foo.idx).
+
+    val_fraction is used for a Megatron pair only, which knows no splits (see
+    `sparse_gpt.data.megatron`). File sizes are checked against the index; digests only by
+    `verify`. Raises UserError saying what is wrong with which file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    from sparse_gpt.data.megatron import is_megatron, open_megatron
+
+    if is_megatron(path):
+        return open_megatron(path, val_fraction=val_fraction)
+    if not path.exists():
+        raise UserError(
+            f"data path {path} does not exist; give a folder made by prepare_data.py or the "
+            "prefix of a Megatron .bin/.idx pair"
+        )
+    raise UserError(f"data path {path} is neither a folder nor the prefix of a .bin/.idx pair")
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file():
+        raise UserError(f"data path {folder}: {name} is missing; prepare the data again")
+    if path.resolve().parent != folder.resolve():
+        raise UserError(f"data path {folder}: {name} is a link that leads out of the folder")
+    return path
+
+
+def _open_folder(folder: Path) -> TokenData:
+    index = read_index(folder)
+    splits = {name: _open_split(folder, index, name, e) for name, e in index.splits.items()}
+    tokenizer = folder / TOKENIZER_FOLDER
+    return TokenData(
+        path=folder,
+        vocab_size=index.vocab_size,
+        eos_id=index.eos_id,
+        tokenizer_sha256=index.tokenizer_sha256,
+        tokenizer_path=tokenizer if tokenizer.is_dir() else None,
+        splits=splits,
+        identity=index.identity,
+    )
+
+
+def _open_split(folder: Path, index: ShardIndex, name: str, entry: SplitEntry) -> TokenSplit:
+    dtype = np.dtype(DTYPES[index.dtype])
+    shards = []
+    for shard in entry.shards:
+        file = _inside(folder, shard.file)
+        size = file.stat().st_size
+        if size != shard.tokens * dtype.itemsize or size == 0:
+            raise UserError(
+                f"{file} has {size} bytes, but {shard.tokens} tokens of {index.dtype} are expected"
+            )
+        shards.append(np.memmap(file, dtype=dtype, mode="r"))
+    documents = _inside(folder, entry.documents_file)
+    try:
+        starts = np.load(documents, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{documents} cannot be read: {error}") from error
+    if starts.shape != (entry.documents + 1,):
+        raise UserError(
+            f"{documents} has shape {starts.shape}, the index says {entry.documents} documents"
+        )
+    where = f"{folder} split {name!r}"
+    return TokenSplit(where, shards, starts, index.vocab_size, entry.bytes, entry.words)
+
+
+def verify(path: str | Path, *, full: bool = True) -> None:
+    """Check a prepared folder; full=True also reads every byte.
+
+    Full: sha256 of every file, every id inside the vocabulary, the end token at the end of
+    every document, and the tokenizer's hash. Raises UserError naming the first file that fails.
+    """
+    folder = Path(path)
+    data, index = _open_folder(folder), read_index(folder)
+    if not full:
+        return
+    for name, entry in index.splits.items():
+        expected = [(shard.file, shard.sha256) for shard in entry.shards]
+        for file, digest in [*expected, (entry.documents_file, entry.documents_sha256)]:
+            if sha256_file(folder / file) != digest:
+                raise UserError(f"{folder / file}: sha256 differs from the index; it is damaged")
+        _verify_tokens(data.splits[name], index.eos_id)
+    if data.tokenizer_path is None:
+        raise UserError(f"{folder}: the {TOKENIZER_FOLDER} folder is missing")
+    from sparse_gpt.data.tokenizer import load_tokenizer
+
+    found = load_tokenizer(data.tokenizer_path).sha256
+    if found != index.tokenizer_sha256:
+        raise UserError(f"{data.tokenizer_path}: the tokenizer is not the one of the index")
+
+
+def _verify_tokens(split: TokenSplit, eos_id: int) -> None:
+    for start in range(0, split.n_tokens, _CHUNK):
+        tokens = split.read(start, min(_CHUNK, split.n_tokens - start))
+        ends = np.array([start + 1, start + len(tokens) + 1], dtype=np.uint64)
+        low, high = np.searchsorted(split.document_starts, ends)
+        last = split.document_starts[low:high].astype(np.int64) - 1 - start
+        if (tokens[last] != eos_id).any():
+            bad = start + int(last[np.argmax(tokens[last] != eos_id)])
+            raise UserError(f"{split.name}: the document that ends at token {bad} has no end token")
