@@ -44,9 +44,7 @@ def training_lines(texts: Iterator[str]) -> Iterator[str]:
                 yield line[start:]
 
 
-def train_sentencepiece(
-    texts: Iterator[str], model_type: str, vocab_size: int, seed: int
-) -> bytes:
+def train_sentencepiece(texts: Iterator[str], model_type: str, vocab_size: int, seed: int) -> bytes:
     """Train a model ("unigram" or "bpe") with byte fallback; returns the serialised model.
 
     Identity normalisation, no dummy prefix and white space kept, so that decoding is exact;
@@ -108,7 +106,9 @@ def convert_sentencepiece(content: bytes, where: str) -> tuple[dict[str, Any], s
     backend = Backend(_model(proto.trainer_spec, pieces, unknown, where))
     backend.normalizer = _normalizer(proto.normalizer_spec, where)  # pyright: ignore[reportAttributeAccessIssue]
     crossing = any(
-        BLANK in piece.lstrip(BLANK) for piece, _, kind in pieces if kind in (_NORMAL, _USER_DEFINED)
+        BLANK in piece.lstrip(BLANK)
+        for piece, _, kind in pieces
+        if kind in (_NORMAL, _USER_DEFINED)
     )
     if not crossing:
         backend.pre_tokenizer = pre_tokenizers.Split(Regex(WORD_PATTERN), "isolated")  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,6 +1,7 @@
 """Writing one split: a stream of token arrays into shards, in bounded memory."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,12 @@ class SplitWriter:
     """Append documents to `<folder>/<split>-NNNNN.bin`; `close` returns the split's entry."""
 
     def __init__(
-        self, folder: Path, split: str, dtype: str, vocab_size: int, shard_tokens: int = SHARD_TOKENS
+        self,
+        folder: Path,
+        split: str,
+        dtype: str,
+        vocab_size: int,
+        shard_tokens: int = SHARD_TOKENS,
     ):
         if shard_tokens < 1:
             raise UserError(f"shard_tokens is {shard_tokens}, it must be at least 1")
@@ -111,6 +117,8 @@ class SplitWriter:
 
     def _finish_shard(self) -> None:
         assert self._file is not None and self._hash is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())  # the index, written last, must not outlive its shards
         self._file.close()
         self._shards.append(
             ShardEntry(file=self._name, tokens=self._in_shard, sha256=self._hash.hexdigest())
