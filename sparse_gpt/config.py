@@ -33,6 +33,7 @@ class ModelConfig(Section):
     n_head: Positive | None = None
     d_model: Positive | None = None
     d_ff: Positive | None = None
+    n_positions: Positive | None = None  # longest sequence; default: seq_len
     activation: Literal["gelu", "gelu_new"] = "gelu"
     dropout: Fraction = 0.0
     layer_norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
@@ -133,6 +134,7 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 = off
+    max_nonfinite_steps: Positive = 10  # skipped steps in a row before the run ends
 
 
 class ScheduleConfig(Section):
@@ -178,6 +180,7 @@ class CheckpointConfig(Section):
     every: Positive | None = None  # steps; none = at the end only
     keep_last: Positive = 2
     resume: Literal["auto", "required", "never"] = "auto"
+    allow_changed: tuple[str, ...] = ()  # config keys that may differ from the saved run's
 
 
 class EvaluationConfig(Section):
@@ -185,6 +188,7 @@ class EvaluationConfig(Section):
 
     every: Positive | None = None
     sequences: Positive | None = None  # none = the whole split
+    patience: Positive | None = None  # stop after so many validations without a new best
 
 
 class LoggingConfig(Section):
@@ -211,7 +215,7 @@ class RunConfig(Section):
     global_batch_size: Positive | None = None  # sequences; default: one micro-batch a rank
     max_tokens: Positive | None = None
     max_steps: Positive | None = None
-    stop_after: Positive | None = None  # end this session after so many steps, checkpointed
+    stop_at: Positive | None = None  # save and end after this step; a later start goes on
 
     model: ModelConfig = ModelConfig()
     ift: IFTConfig = IFTConfig()
@@ -239,6 +243,10 @@ class RunConfig(Section):
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
                 f"micro_batch_size {self.micro_batch_size}"
+            )
+        if self.model.n_positions and self.seq_len > self.model.n_positions:
+            raise ValueError(
+                f"seq_len {self.seq_len} is longer than model.n_positions {self.model.n_positions}"
             )
         _ = self.dims
         self._check_blocks()
@@ -295,7 +303,7 @@ class RunConfig(Section):
         return GPTConfig(
             **self.dims,
             vocab_size=vocab_size,
-            n_positions=self.seq_len,
+            n_positions=self.model.n_positions or self.seq_len,
             activation=self.model.activation,
             dropout=self.model.dropout,
             layer_norm_epsilon=self.model.layer_norm_epsilon,

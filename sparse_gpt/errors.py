@@ -1,5 +1,6 @@
 """The one exception that is meant for the user rather than for the programmer."""
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     try:
         code = main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"[rank {rank}] "
+        print(f"{where}error: {error}", file=sys.stderr, flush=True)
         code = 2
     raise SystemExit(code or 0)

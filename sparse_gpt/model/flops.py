@@ -30,17 +30,24 @@ def linear_shapes(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     }
 
 
+def kept_units(units: int, sparsity: float) -> int:
+    """How many of `units` weights or blocks stay at a sparsity: (1 - s) n, at least one.
+
+    Rounded to nearest (half to even) on the exact decimal.
+    """
+    return max(1, round((1 - exact(sparsity)) * units))
+
+
 def active_counts(
     dims: Mapping[str, int], sparsity: float, block: tuple[int, int] = (1, 1)
 ) -> dict[str, int]:
-    """Active weights of every layer at a uniform sparsity, in whole blocks: round((1 - s) n).
+    """Active weights of every layer at a uniform sparsity, in whole blocks.
 
-    Rounded half to even on the exact decimal, at least one block a layer.
+    `kept_units` of each layer's blocks: the count a topology keeps.
     """
     size = block[0] * block[1]
-    kept = 1 - exact(sparsity)
     return {
-        name: size * max(1, round(kept * (out * inner // size)))
+        name: size * kept_units(out * inner // size, sparsity)
         for name, (out, inner) in linear_shapes(dims).items()
     }
 

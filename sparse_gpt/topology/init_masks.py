@@ -1,0 +1,17 @@
+"""The first topology: a random mask of exact count, from (seed, layer name)."""
+
+import torch
+
+from sparse_gpt.ops import Pattern
+from sparse_gpt.topology.random import random_scores
+from sparse_gpt.topology.structure import BlockStructure, top_units
+
+
+def random_pattern(
+    name: str, shape: tuple[int, int], structure: BlockStructure, sparsity: float, seed: int
+) -> Pattern:
+    """The `active_units` highest random scores of a layer's block grid; on the CPU."""
+    rows, cols = structure.grid(shape)
+    scores = random_scores(seed, 0, name, 0, rows * cols).view(rows, cols)
+    active = top_units(scores, structure.active_units(shape, sparsity))
+    return Pattern(active.to(torch.bool), structure.block)

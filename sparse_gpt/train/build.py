@@ -1,0 +1,134 @@
+"""The parts of a run, built from its configuration."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from fnmatch import fnmatchcase
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_gpt.config import RunConfig
+from sparse_gpt.errors import UserError
+from sparse_gpt.model.gpt import GPT, GPTConfig
+from sparse_gpt.model.linear import SparseLinear
+from sparse_gpt.ops import Pattern, resolve_kernel
+from sparse_gpt.topology.init_masks import random_pattern
+from sparse_gpt.topology.methods import METHODS
+from sparse_gpt.topology.schedule import UpdateSchedule
+from sparse_gpt.topology.structure import BlockStructure
+
+
+class WeightSource(Protocol):
+    """Where initial weights come from: a checkpoint, or a Hugging Face folder."""
+
+    gpt_config: GPTConfig
+
+    def parameter(self, name: str) -> Tensor:
+        """A whole parameter, fp32."""
+        ...
+
+    def patterns(self) -> dict[str, Pattern]:
+        """The topology that comes with the weights; empty for a dense model."""
+        ...
+
+
+def check_source(wanted: GPTConfig, given: GPTConfig) -> None:
+    """Refuse to start a model from weights of another architecture; names what differs."""
+    if given.vocab_size != wanted.vocab_size:
+        raise UserError(
+            f"data: a vocabulary of {wanted.vocab_size}, but the weights to start from have "
+            f"{given.vocab_size}; prepare the data with their tokenizer"
+        )
+    keys = ("n_layer", "n_head", "d_model", "d_ff", "n_positions", "activation")
+    differing = [
+        f"model.{key}: {getattr(wanted, key)!r} (the weights: {getattr(given, key)!r})"
+        for key in keys
+        if getattr(wanted, key) != getattr(given, key)
+    ]
+    if differing:
+        raise UserError(f"the weights to start from are of another model: {'; '.join(differing)}")
+
+
+def structure_of(config: RunConfig) -> BlockStructure:
+    return BlockStructure(config.sparsity.structure.block, config.sparsity.structure.score)
+
+
+def initial_patterns(
+    config: RunConfig, shapes: dict[str, tuple[int, int]], source: WeightSource | None
+) -> dict[str, Pattern]:
+    """The first topology: the source's, or random masks for every layer the filter names."""
+    if config.sparsity.sparsity == 0.0:
+        return {}
+    chosen = {
+        name: shape
+        for name, shape in shapes.items()
+        if any(fnmatchcase(name, glob) for glob in config.sparsity.param_filter)
+    }
+    unused = [
+        glob
+        for glob in config.sparsity.param_filter
+        if not any(fnmatchcase(name, glob) for name in shapes)
+    ]
+    if unused:
+        raise UserError(
+            f"sparsity.param_filter: {', '.join(unused)} matches no layer; layers are "
+            "h.<i>.attn.{q,k,v,o}.weight and h.<i>.mlp.{fc1,fc2}.weight"
+        )
+    given = source.patterns() if source else {}
+    if given:
+        return {name: given[name] for name in chosen if name in given}
+    structure = structure_of(config)
+    return {
+        name: random_pattern(name, shape, structure, config.sparsity.sparsity, config.seed)
+        for name, shape in chosen.items()
+    }
+
+
+def initialiser(
+    config: RunConfig, patterns: dict[str, Pattern], source: WeightSource | None
+) -> Callable[[GPT, Callable[[Any], AbstractContextManager[object]] | None], None]:
+    """A function that fills a model's parameters and makes the pattern's outside exactly zero."""
+
+    def initialise(
+        model: GPT, gathered: Callable[[Any], AbstractContextManager[object]] | None
+    ) -> None:
+        if source is None:
+            model.init_weights(config.seed, gathered)
+        for name, parameter in model.named_parameters():
+            if source is None and name not in patterns:
+                continue
+            with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
+                if source is not None:
+                    parameter.copy_(source.parameter(name))
+                if name in patterns:
+                    patterns[name].to(parameter.device).apply_(parameter.data)
+
+    return initialise
+
+
+def install_patterns(
+    model: GPT, patterns: dict[str, Pattern], config: RunConfig, device: torch.device
+) -> dict[str, SparseLinear]:
+    """Give each sparse layer its pattern and kernel; returns the sparse layers by weight name."""
+    kernel = resolve_kernel(config.sparsity.kernel, device, config.sparsity.storage)
+    layers = model.sparse_layers()
+    for name, pattern in patterns.items():
+        layers[name].pattern = pattern.to(device)
+        layers[name].kernel = kernel
+    return {name: layers[name] for name in patterns}
+
+
+def schedule_of(config: RunConfig, world_size: int) -> UpdateSchedule:
+    drop = config.sparsity.drop_fraction
+    return UpdateSchedule(
+        freq=config.sparsity.update.freq,
+        stop=config.update_stop(world_size),
+        init=drop.init,
+        half_period=drop.half_period,
+        kind=drop.type,
+    )
+
+
+def method_of(config: RunConfig) -> Any:
+    return METHODS[config.sparsity.algorithm]

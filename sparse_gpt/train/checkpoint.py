@@ -1,0 +1,215 @@
+"""Saving and loading a run: complete or invisible, and exact."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from sparse_gpt.errors import UserError
+from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.topology.controller import TopologyController
+from sparse_gpt.topology.shards import Shards
+from sparse_gpt.train import checkpoint_files as files
+from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run, on every rank together."""
+
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        shards: Shards,
+        controller: TopologyController,
+        gpt_config: GPTConfig,
+        identity: dict[str, Any],
+    ) -> None:
+        """`identity`: what a resumed run must share (config, data); see `loop.identity_of`."""
+        self.folder, self.keep_last = folder, keep_last
+        self.shards, self.controller = shards, controller
+        self.gpt_config, self.identity = gpt_config, identity
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+
+    def save(self, step: int, state: dict[str, Any], tag: str | None = None) -> Path:
+        """Write and publish a checkpoint (`tag` names one outside the rotation). A collective.
+
+        Every rank raises if any rank failed; the previous checkpoints are untouched then.
+        """
+        name = tag or files.step_folder(step)
+        temporary = self.folder / f"{name}.tmp"
+        self._on_first(lambda: self._prepare(temporary))
+        error, written = "", {}
+        try:
+            written = self._write(temporary)
+        except Exception as problem:  # every rank must learn of it before anyone raises
+            error = f"rank {self.rank}: {problem}"
+        reports: list[Any] = [None] * self.world_size
+        dist.all_gather_object(reports, (error, written))
+        errors = [report[0] for report in reports if report[0]]
+        if errors:
+            self._on_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise UserError(f"checkpoint of step {step} was not saved: {'; '.join(errors)}")
+        entries = {key: entry for report in reports for key, entry in report[1].items()}
+        final = self.folder / name
+        self._on_first(lambda: self._publish(temporary, final, step, state, entries))
+        return final
+
+    def _on_first(self, action: Any) -> None:
+        """Run on rank 0; what it raises is raised on every rank."""
+        outcome: list[Any] = [""]
+        if self.rank == 0:
+            try:
+                action()
+            except (OSError, UserError) as problem:
+                outcome[0] = str(problem)
+        dist.broadcast_object_list(outcome)
+        if outcome[0]:
+            raise UserError(f"checkpoint folder {self.folder}: {outcome[0]}")
+
+    def _prepare(self, temporary: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob("*.tmp"):  # of a save that was killed
+            shutil.rmtree(leftover)
+        needed, free = self.bytes_needed(), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make "
+                "room, lower checkpoint.keep_last or move output_dir"
+            )
+        temporary.mkdir()
+
+    def bytes_needed(self) -> int:
+        """Bytes of one checkpoint, all ranks: 12 a parameter, a bit a block, and headers."""
+        weights = sum(int(np.prod(self.shards.shape(name))) for name in self.shards.parameters)
+        bits = sum(pattern.active.numel() for pattern in self.controller.patterns().values())
+        return 12 * weights + bits // 8 + (1 << 20)
+
+    def _write(self, folder: Path) -> dict[str, dict[str, Any]]:
+        written = {}
+        mine = list(self._owned())
+        for kind in files.KINDS:
+            tensors = {name: parts[kind].float().cpu().numpy() for name, _, parts in mine}
+            ranges = {name: (start, tensors[name].size) for name, start, _ in mine}
+            file = f"{kind}-{self.rank:05d}.safetensors"
+            written[file] = files.write_tensors(folder / file, tensors, ranges)
+        bits, ranges = {}, {}
+        for name, pattern in self.controller.patterns().items():
+            bits[name], start, count = files.pack_pattern(pattern, self.rank, self.world_size)
+            ranges[name] = (start, count)
+        file = f"topology-{self.rank:05d}.safetensors"
+        written[file] = files.write_tensors(folder / file, bits, ranges)
+        file = f"rng-{self.rank:05d}.safetensors"
+        written[file] = files.write_tensors(folder / file, _rng_state())
+        return written
+
+    def _owned(self) -> Any:
+        """(name, start, tensors) this rank writes; replicated parameters go to one rank each."""
+        replicated = self.shards.replicated
+        for index, (name, fragment) in enumerate(self.shards.fragments()):
+            if not replicated or index % self.world_size == self.rank:
+                yield name, fragment.start, fragment.tensors()
+
+    def _publish(
+        self, temporary: Path, final: Path, step: int, state: dict[str, Any], entries: dict
+    ) -> None:
+        patterns = self.controller.patterns()
+        manifest = {
+            "format": files.FORMAT,
+            "step": step,
+            "state": state,
+            "optimizer_steps": optimizer_steps(self.shards.base_optimizer),
+            "world_size": self.world_size,
+            "gpt_config": dataclasses.asdict(self.gpt_config),
+            "parameters": {name: self.shards.shape(name) for name in self.shards.parameters},
+            "layers": {
+                name: {
+                    "grid": list(pattern.active.shape),
+                    "block": list(pattern.block),
+                    "active": int(pattern.active.sum()),
+                }
+                for name, pattern in patterns.items()
+            },
+            "topology_sha256": self.controller.digest(),
+            "files": entries,
+            **self.identity,
+        }
+        files.write_json(temporary / "manifest.json", manifest)
+        if final.exists():  # only a tagged checkpoint is ever replaced
+            old = final.with_name(final.name + ".old.tmp")
+            final.rename(old)
+        temporary.rename(final)
+        files.fsync_path(self.folder)
+        for leftover in self.folder.glob("*.old.tmp"):
+            shutil.rmtree(leftover)
+        for old_step in files.list_steps(self.folder)[: -self.keep_last]:
+            shutil.rmtree(self.folder / files.step_folder(old_step))
+
+    def newest(self) -> Path | None:
+        """The newest published checkpoint, as rank 0 sees it. A collective."""
+        found: list[Any] = [None]
+        if self.rank == 0:
+            steps = files.list_steps(self.folder)
+            found[0] = str(self.folder / files.step_folder(steps[-1])) if steps else None
+        dist.broadcast_object_list(found)
+        return Path(found[0]) if found[0] else None
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restore weights, moments, topology and generators; returns the saved manifest.
+
+        A collective. Works at any number of ranks and any ZeRO stage.
+        """
+        reader = self._open_verified(path)
+        saved = {name: list(shape) for name, shape in reader.shapes.items()}
+        mine = {name: list(self.shards.shape(name)) for name in self.shards.parameters}
+        if saved != mine:
+            raise UserError(f"checkpoint {path} is of another model: its parameters differ")
+        self.controller.load_patterns(reader.patterns())
+        if self.controller.digest() != reader.manifest["topology_sha256"]:
+            raise UserError(f"broken checkpoint {path}: the topology's sha256 is wrong")
+        with torch.no_grad():
+            for name, fragment in self.shards.fragments():
+                for kind, tensor in fragment.tensors().items():
+                    tensor.copy_(reader.fragment(name, kind, fragment.start, fragment.numel))
+            self.shards.push_masters()
+        set_optimizer_steps(self.shards.base_optimizer, reader.manifest["optimizer_steps"])
+        if reader.manifest["world_size"] == self.world_size:
+            _set_rng_state(reader.rng(self.rank))
+        return reader.manifest
+
+    def _open_verified(self, path: Path) -> files.CheckpointReader:
+        """Open a checkpoint; the ranks share the work of checking its digests."""
+        error = ""
+        reader = None
+        try:
+            reader = files.open_checkpoint(path, verify=False)
+            reader.verify(sorted(reader.files)[self.rank :: self.world_size])
+        except UserError as problem:
+            error = str(problem)
+        errors: list[Any] = [None] * self.world_size
+        dist.all_gather_object(errors, error)
+        problems = sorted({e for e in errors if e})
+        if problems:
+            raise UserError(
+                f"{'; '.join(problems)}. Nothing was changed. To go on from an earlier "
+                f"checkpoint, move {path} away and start again"
+            )
+        assert reader is not None
+        return reader
+
+
+def _rng_state() -> dict[str, np.ndarray]:
+    states = {"cpu": torch.get_rng_state().numpy()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state().numpy()
+    return states
+
+
+def _set_rng_state(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,253 @@
+"""Checkpoints on disk: what the files are, and reading them. Knows no engine.
+
+    step-00000300/
+      manifest.json                     sizes and sha256 of every file, shapes, state, config
+      master-00000.safetensors          rank 0's fragments of the fp32 weights, by parameter name
+      exp_avg-00000, exp_avg_sq-00000   of Adam's moments
+      topology-00000.safetensors        rank 0's share of every mask, as bits
+      rng-00000.safetensors             rank 0's generator states
+
+A fragment is a range of the flattened parameter, so a checkpoint can be read back at any number
+of ranks and any ZeRO stage. A folder is written as `step-N.tmp` and renamed once every rank is
+done: what has the final name is complete. Everything is safetensors and JSON: loading runs no
+code. Every file is checked against the manifest before it is used.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from sparse_gpt.errors import UserError
+from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.ops import Pattern
+
+FORMAT = 1
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+STEP_FOLDER = re.compile(r"^step-(\d{8})$")
+
+
+def step_folder(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's or a folder's data to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, np.ndarray], ranges: dict[str, tuple[int, int]] | None = None
+) -> dict[str, Any]:
+    """Write one file durably; returns its manifest entry `{size, sha256}`."""
+    save_file(tensors, path, metadata={"ranges": json.dumps(ranges or {})})
+    fsync_path(path)
+    return {"size": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON durably under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def list_steps(folder: Path) -> list[int]:
+    """Steps of the published checkpoints in a folder, ascending."""
+    if not folder.is_dir():
+        return []
+    matches = (STEP_FOLDER.match(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def open_checkpoint(path: Path | str, verify: bool = True) -> "CheckpointReader":
+    """Open a step folder, a folder of steps, or a run folder (the newest step then).
+
+    With `verify`, every file is checked against its digest. Raises `UserError` naming what is
+    missing or damaged.
+    """
+    path = Path(path)
+    for folder in (path / "checkpoints", path):
+        steps = list_steps(folder)
+        if steps:
+            path = folder / step_folder(steps[-1])
+            break
+    reader = CheckpointReader(path)
+    if verify:
+        reader.verify(reader.files)
+    return reader
+
+
+class CheckpointReader:
+    """One published checkpoint: its manifest, and any range of any tensor in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest = self._read_manifest()
+        self.files: dict[str, dict[str, Any]] = self.manifest["files"]
+        self.shapes = {name: tuple(s) for name, s in self.manifest["parameters"].items()}
+        self.names = list(self.shapes)
+        self._check_files()
+        self._ranges: dict[str, dict[str, list[tuple[int, int, str]]]] = {}
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.path / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+            if manifest["format"] != FORMAT:
+                raise UserError(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
+            for key in ("files", "parameters", "layers", "state", "gpt_config", "config"):
+                if not isinstance(manifest[key], dict):
+                    raise TypeError(key)
+            return manifest
+        except FileNotFoundError:
+            raise UserError(f"no checkpoint at {self.path}: no manifest.json there") from None
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"broken checkpoint: {path} is not a manifest ({error})") from None
+
+    def _check_files(self) -> None:
+        for name, entry in self.files.items():
+            file = self.path / name
+            if Path(name).name != name:
+                raise UserError(f"broken checkpoint {self.path}: file name {name!r} is a path")
+            if not file.is_file():
+                raise UserError(f"broken checkpoint {self.path}: {name} is missing")
+            if file.stat().st_size != entry["size"]:
+                raise UserError(
+                    f"broken checkpoint {self.path}: {name} has {file.stat().st_size} bytes, "
+                    f"not {entry['size']}"
+                )
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Check the sha256 of some files."""
+        for name in names:
+            if file_digest(self.path / name) != self.files[name]["sha256"]:
+                raise UserError(
+                    f"broken checkpoint {self.path}: the sha256 of {name} is wrong (damaged, or "
+                    "from another run)"
+                )
+
+    @property
+    def gpt_config(self) -> GPTConfig:
+        known = {field.name for field in dataclasses.fields(GPTConfig)}
+        given = self.manifest["gpt_config"]
+        if set(given) != known:
+            raise UserError(f"broken checkpoint {self.path}: gpt_config has keys {sorted(given)}")
+        return GPTConfig(**given)
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The tokenizer folder of the run, beside its checkpoints; None where it has none."""
+        folder = self.path.parent.parent / "tokenizer"
+        return folder if folder.is_dir() else None
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.manifest.get("eos_id")
+
+    def _locate(self, kind: str) -> dict[str, list[tuple[int, int, str]]]:
+        """(start, numel, file) of every fragment of a kind, by parameter, in order."""
+        if kind not in self._ranges:
+            found: dict[str, list[tuple[int, int, str]]] = {}
+            for file in self.files:
+                if not file.startswith(f"{kind}-"):
+                    continue
+                try:
+                    with safe_open(self.path / file, "numpy") as handle:
+                        ranges = json.loads((handle.metadata() or {}).get("ranges", "{}"))
+                except (SafetensorError, ValueError) as error:
+                    raise UserError(f"broken checkpoint {self.path}: {file}: {error}") from None
+                for name, (start, numel) in ranges.items():
+                    found.setdefault(name, []).append((int(start), int(numel), file))
+            self._ranges[kind] = {name: sorted(parts) for name, parts in found.items()}
+        return self._ranges[kind]
+
+    def _read(self, kind: str, name: str, start: int, numel: int, total: int) -> np.ndarray:
+        """`[start, start + numel)` of a flattened tensor of `total` elements."""
+        pieces, position = [], start
+        for first, count, file in self._locate(kind).get(name, []):
+            end = min(first + count, start + numel)
+            if first > position or end <= position:
+                continue
+            with safe_open(self.path / file, "numpy") as handle:
+                pieces.append(handle.get_slice(name)[position - first : end - first])
+            position = end
+        if position != start + numel or start + numel > total:
+            raise UserError(
+                f"broken checkpoint {self.path}: {kind} of {name} lacks elements from {position}"
+            )
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.float32)
+
+    def fragment(self, name: str, kind: str, start: int, numel: int) -> Tensor:
+        """fp32 `[numel]`: a range of a flattened parameter; kind: master, exp_avg, exp_avg_sq."""
+        total = int(np.prod(self.shapes[name], dtype=np.int64))
+        return torch.from_numpy(self._read(kind, name, start, numel, total))
+
+    def parameter(self, name: str, kind: str = "master") -> Tensor:
+        """A whole parameter, fp32, in its shape."""
+        shape = self.shapes[name]
+        return self.fragment(name, kind, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
+
+    def patterns(self) -> dict[str, Pattern]:
+        """The topology: the pattern of every sparse layer, by the name of its weight."""
+        return {name: self._pattern(name, entry) for name, entry in self._layers().items()}
+
+    def _layers(self) -> dict[str, dict[str, Any]]:
+        return self.manifest["layers"]
+
+    def _pattern(self, name: str, entry: dict[str, Any]) -> Pattern:
+        rows, cols = entry["grid"]
+        bits = np.zeros(rows * cols, dtype=bool)
+        covered = 0
+        for start, count, file in self._locate("topology").get(name, []):
+            with safe_open(self.path / file, "numpy") as handle:
+                packed = handle.get_tensor(name)
+            if start != covered or start + count > bits.size or packed.size != -(-count // 8):
+                break
+            bits[start : start + count] = np.unpackbits(packed, count=count).astype(bool)
+            covered += count
+        if covered != bits.size or int(bits.sum()) != entry["active"]:
+            raise UserError(f"broken checkpoint {self.path}: the topology of {name} is incomplete")
+        block = (int(entry["block"][0]), int(entry["block"][1]))
+        return Pattern(torch.from_numpy(bits).view(rows, cols), block)
+
+    def rng(self, rank: int) -> dict[str, Tensor]:
+        """A rank's generator states as byte tensors, by device type."""
+        with safe_open(self.path / f"rng-{rank:05d}.safetensors", "numpy") as handle:
+            return {key: torch.from_numpy(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
+
+
+def pack_pattern(pattern: Pattern, rank: int, world_size: int) -> tuple[np.ndarray, int, int]:
+    """A rank's share of a mask: (packed bits, first bit, number of bits).
+
+    Shares cut the mask into even ranges of bits; they need not start at a byte.
+    """
+    flat = pattern.active.reshape(-1)
+    start = rank * flat.numel() // world_size
+    end = (rank + 1) * flat.numel() // world_size
+    return np.packbits(flat[start:end].cpu().numpy()), start, end - start

@@ -1,0 +1,70 @@
+"""Whether a configuration may go on from a checkpoint of another one."""
+
+import json
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from sparse_gpt.errors import UserError
+
+# Keys that do not change what is computed: where things go, how often they are saved or shown,
+# and how the same global batch is laid out over ranks.
+FREE = (
+    "name",
+    "output_dir",
+    "stop_at",
+    "peak_tflops",
+    "micro_batch_size",
+    "data.*.path",
+    "checkpoint.*",
+    "evaluation.every",
+    "evaluation.sequences",
+    "logging.*",
+    "deepspeed.*",
+    "model.compile",
+    "model.activation_checkpointing",
+    "sparsity.kernel",
+)
+
+
+def check_drift(path: Path, identity: dict[str, Any], allowed: tuple[str, ...]) -> None:
+    """Compare a run's identity with that of the checkpoint at `path`.
+
+    Raises `UserError` naming every key that differs, with both values, and how to allow it.
+    """
+    try:
+        saved = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        before, now = _flatten(saved["config"]), _flatten(identity["config"])
+        data, batch = saved["data"], saved["global_batch_size"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"broken checkpoint {path}: manifest.json: {error!r}") from None
+    for flat, size in ((before, batch), (now, identity["global_batch_size"])):
+        flat["global_batch_size"] = size  # as resolved for the number of ranks
+    changed = {
+        key: (before.get(key), now.get(key))
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+        and not any(fnmatchcase(key, glob) for glob in (*FREE, *allowed))
+    }
+    if data != identity["data"] and "data" not in allowed:
+        changed["data"] = ("the shards it was trained on", "other shards (their index differs)")
+    if changed:
+        listed = "; ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        raise UserError(
+            f"the checkpoint {path} is of another config: {listed}. Go on with the saved values, "
+            f"start anew in another output_dir, or allow it with checkpoint.allow_changed="
+            f"[{', '.join(changed)}]"
+        )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict):
+        items = tree.items()
+    elif isinstance(tree, list) and any(isinstance(value, dict | list) for value in tree):
+        items = enumerate(tree)
+    else:
+        return {prefix.rstrip("."): tree}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat |= _flatten(value, f"{prefix}{key}.")
+    return flat

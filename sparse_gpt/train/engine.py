@@ -1,0 +1,138 @@
+"""From a configuration to a running DeepSpeed engine. One of two places that import deepspeed."""
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from sparse_gpt.config import RunConfig
+from sparse_gpt.errors import UserError
+from sparse_gpt.model.gpt import GPT, GPTConfig
+from sparse_gpt.train.optim import AdamW, build_optimizer, prime_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+def init_ranks() -> torch.device:
+    """Join the other ranks; returns this rank's device. One process without a launcher is one rank.
+
+    gloo on CPUs, NCCL on GPUs. On CPUs DeepSpeed's shared-memory operation is left out: it needs
+    a compiler and gains nothing here.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0",
+            LOCAL_RANK="0",
+            WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+        )
+    import deepspeed
+
+    on_gpu = deepspeed.get_accelerator().device_name() == "cuda"
+    if not on_gpu:
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+    if not on_gpu:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def resolve_precision(config: RunConfig, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware computes in it and ZeRO keeps fp32 masters, else fp32."""
+    if config.precision != "auto":
+        return config.precision
+    if config.deepspeed.zero_stage == 0:
+        return "fp32"
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    return "bf16" if native else "fp32"
+
+
+def deepspeed_config(config: RunConfig, precision: str, world_size: int) -> dict[str, Any]:
+    """The DeepSpeed configuration. Clipping and schedules are ours, so neither appears in it."""
+    d = config.deepspeed
+    zero: dict[str, Any] = {
+        "stage": d.zero_stage,
+        "reduce_bucket_size": d.reduce_bucket_size,
+        "allgather_bucket_size": d.allgather_bucket_size,
+        # On CPUs there is no second stream to overlap with.
+        "overlap_comm": d.overlap_comm and torch.cuda.is_available(),
+    }
+    if d.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if d.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = d.param_persistence_threshold
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation(world_size),
+        "steps_per_print": 10**12,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def build_model(
+    config: RunConfig,
+    gpt_config: GPTConfig,
+    ds_config: dict[str, Any],
+    initialise: Callable[[GPT, Callable[[Any], AbstractContextManager[object]] | None], None],
+) -> GPT:
+    """Construct and initialise the model; at stage 3 no rank ever holds all of it.
+
+    `initialise(model, gathered)` fills the parameters; `gathered` opens one parameter at a time
+    where they are sharded, and is None where they are whole.
+    """
+    if config.deepspeed.zero_stage < 3:
+        model = GPT(gpt_config)
+        initialise(model, None)
+        return model
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=ds_config):
+        model = GPT(gpt_config)
+
+    def gathered(parameter: Any) -> AbstractContextManager[object]:
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    initialise(model, gathered)
+    return model
+
+
+def start_engine(model: GPT, config: RunConfig, ds_config: dict[str, Any]) -> tuple[Any, AdamW]:
+    """`deepspeed.initialize`; the optimizer comes back at step 0 with zero moments."""
+    import deepspeed
+
+    optimizer = build_optimizer(model, config.optimizer)
+    if config.model.compile:
+        if config.deepspeed.zero_stage == 3:
+            raise UserError("model.compile: not with deepspeed.zero_stage 3; set one of them off")
+        for block in model.h:
+            block.compile()
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    prime_optimizer(optimizer, _masters(engine, optimizer))
+    return engine, optimizer
+
+
+def _masters(engine: Any, optimizer: AdamW) -> list[torch.Tensor]:
+    """The tensors the inner optimizer really steps."""
+    stage = engine.zero_optimization_stage()
+    if stage == 3:
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]

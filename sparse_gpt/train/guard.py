@@ -1,0 +1,56 @@
+"""Norm, clipping and the check for non-finite numbers: one exchange a step.
+
+DeepSpeed's own clipping is off: it would count the dense gradients of a growing step (at CPU
+offload they enter its norm during backward), and at stage 0 it would apply a non-finite step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparse_gpt.topology.shards import Shards
+
+
+@dataclass(frozen=True)
+class StepHealth:
+    """Global gradient norm (over the trained set only) and mean loss; whether both are finite."""
+
+    grad_norm: float
+    loss: float
+    finite: bool
+
+
+def inspect_step(shards: Shards, loss: Tensor, finite: Tensor) -> StepHealth:
+    """Combine every rank's gradient fragments, loss (0-d) and finite flag (0-d bool)."""
+    device = shards.engine.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    if not shards.replicated or dist.get_rank() == 0:
+        for name in shards.parameters:
+            gradient = shards.gradient(name)
+            if gradient is not None and gradient.numel():
+                total += torch.linalg.vector_norm(gradient.float()).to(device).double() ** 2
+    bad = (~finite.to(device)).double()
+    values = torch.stack([total, bad, loss.detach().double().to(device)])
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    squares, bad_ranks, loss_sum = values.tolist()
+    mean_loss = loss_sum / dist.get_world_size()
+    is_finite = bad_ranks == 0 and _finite(squares) and _finite(mean_loss)
+    return StepHealth(squares**0.5 if squares >= 0 else squares, mean_loss, is_finite)
+
+
+def clip_gradients(shards: Shards, norm: float, max_norm: float) -> None:
+    """Scale every gradient fragment in place so that the global norm is at most `max_norm`."""
+    if max_norm <= 0 or norm <= max_norm:
+        return
+    scale = max_norm / (norm + 1e-6)
+    for name in shards.parameters:
+        gradient = shards.gradient(name)
+        if gradient is not None:
+            gradient.mul_(scale)
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0

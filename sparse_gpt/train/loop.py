@@ -1,0 +1,426 @@
+"""The Trainer: one readable loop around a DeepSpeed engine."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparse_gpt.config import RunConfig
+from sparse_gpt.config_file import dump_yaml
+from sparse_gpt.data.loader import PackedDataset, TrainLoader, eval_batches
+from sparse_gpt.data.order import derive_key
+from sparse_gpt.data.shards import TokenData, open_data
+from sparse_gpt.errors import UserError
+from sparse_gpt.model.flops import FlopsLedger, linear_shapes, mfu, peak_flops
+from sparse_gpt.topology.controller import TopologyController, UpdateReport
+from sparse_gpt.topology.shards import shards_of
+from sparse_gpt.train import build
+from sparse_gpt.train.checkpoint import Checkpointer
+from sparse_gpt.train.drift import check_drift
+from sparse_gpt.train.engine import (
+    build_model,
+    deepspeed_config,
+    init_ranks,
+    resolve_precision,
+    start_engine,
+)
+from sparse_gpt.train.guard import StepHealth, clip_gradients, inspect_step
+from sparse_gpt.train.metrics import Metrics
+from sparse_gpt.train.optim import learning_rate
+from sparse_gpt.train.provenance import write_provenance
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint keeps besides tensors."""
+
+    step: int = 0  # optimizer steps attempted; the position of every schedule
+    samples: int = 0  # sequences consumed; the position in the data
+    tokens: int = 0
+    flops_spent: int = 0
+    skipped_steps: int = 0  # non-finite
+    best_loss: float | None = None
+    bad_validations: int = 0  # in a row, without a new best
+    finished: bool = False  # stopped early for good
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats a token over a split, and how many tokens were scored."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+class Trainer:
+    """Trains one model. `source`: where initial weights come from, if they are not random."""
+
+    def __init__(self, config: RunConfig, source: build.WeightSource | None = None) -> None:
+        self.config = config
+        self.device = init_ranks()
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.precision = resolve_precision(config, self.device)
+        self.total_steps = config.total_steps(self.world_size)
+        self.warmup_steps = config.warmup_steps(self.world_size)
+        self.run_dir = config.run_dir
+        self.data = [
+            (open_data(s.path, val_fraction=s.val_fraction), s.weight) for s in config.data
+        ]
+        self.vocab_size, self.eos_id = _common_vocabulary([data for data, _ in self.data])
+        self.gpt_config = config.gpt_config(self.vocab_size)
+        self.train_data = self._dataset("train")
+        self.state = TrainState()
+        self.metrics = Metrics(
+            self.run_dir, config.logging, config.name, self.total_steps, self.rank == 0
+        )
+        self._start(source)
+
+    def _dataset(self, split: str) -> PackedDataset:
+        c = self.config
+        return PackedDataset(self.data, split, c.seq_len, c.seed, c.document_attention)
+
+    def _start(self, source: build.WeightSource | None) -> None:
+        """Model, topology, engine: in this order, so that the masters start masked."""
+        config = self.config
+        if source is not None:
+            build.check_source(self.gpt_config, source.gpt_config)
+        patterns = build.initial_patterns(config, linear_shapes(config.dims), source)
+        ds_config = deepspeed_config(config, self.precision, self.world_size)
+        model = build_model(
+            config, self.gpt_config, ds_config, build.initialiser(config, patterns, source)
+        )
+        layers = build.install_patterns(model, patterns, config, self.device)
+        torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
+        self.engine, self.optimizer = start_engine(model, config, ds_config)
+        self.shards = shards_of(self.engine, self.optimizer)
+        self.controller = TopologyController(
+            layers,
+            build.structure_of(config),
+            build.method_of(config),
+            build.schedule_of(config, self.world_size),
+            config.seed,
+            self.shards,
+            hold_step=config.sparsity.update.mode == "replace",
+        )
+        active = {
+            name: int(pattern.active.sum()) * pattern.block[0] * pattern.block[1]
+            for name, pattern in patterns.items()
+        }
+        self.ledger = FlopsLedger.of(config.dims, config.seq_len, self.vocab_size, active)
+        self.sparsity = _sparsity(*self.controller.counts())
+        self.checkpointer = Checkpointer(
+            self.run_dir / "checkpoints",
+            config.checkpoint.keep_last,
+            self.shards,
+            self.controller,
+            self.gpt_config,
+            {
+                "config": json.loads(config.model_dump_json()),
+                "data": [data.identity for data, _ in self.data],
+                "global_batch_size": config.batch(self.world_size),
+                "eos_id": self.eos_id,
+            },
+        )
+
+    def fit(self) -> TrainState:
+        """Train to the end, or to `stop_at`; resumes first, saves last. Returns the final state."""
+        config, state = self.config, self.state
+        self._resume()
+        if self.rank == 0:
+            write_provenance(self.run_dir, dump_yaml(config))
+            self._copy_tokenizer()
+        self.metrics.start(state.step)
+        try:
+            if state.step >= self.total_steps or state.finished:
+                self.metrics.say(f"nothing to do: the run ended at step {state.step}")
+                return state
+            self._dry_run()
+            self._train_until(min(config.stop_at or self.total_steps, self.total_steps))
+        finally:
+            self.metrics.close()
+        return state
+
+    def _train_until(self, last_step: int) -> None:
+        config, state = self.config, self.state
+        loader = TrainLoader(
+            self.train_data,
+            config.micro_batch_size,
+            self.rank,
+            self.world_size,
+            config.accumulation(self.world_size),
+        )
+        batches = loader.batches(state.samples)
+        nonfinite, window_start, window_tokens = 0, time.perf_counter(), 0
+        saved = -1
+        try:
+            for step in range(state.step + 1, last_step + 1):
+                lr = self._set_lr(step)
+                health, update = self._step(step, batches)
+                self._account(step, health)
+                nonfinite = 0 if health.finite else nonfinite + 1
+                if nonfinite >= config.optimizer.max_nonfinite_steps:
+                    raise UserError(
+                        f"{nonfinite} steps in a row had a non-finite loss or gradient (last: step "
+                        f"{step}, loss {health.loss}); the weights are those of step "
+                        f"{step - nonfinite}. Lower optimizer.lr, or look at the data there"
+                    )
+                window_tokens += config.batch(self.world_size) * config.seq_len
+                if update is not None:
+                    self._log_update(step, update)
+                if step % config.logging.every == 0 or step == last_step or not health.finite:
+                    elapsed = time.perf_counter() - window_start
+                    self._log_step(step, health, lr, window_tokens / max(elapsed, 1e-9))
+                    window_start, window_tokens = time.perf_counter(), 0
+                self.metrics.advance(step)
+                if self._validation_due(step, last_step):
+                    before = time.perf_counter()
+                    self._validate(step)
+                    window_start += time.perf_counter() - before
+                if state.finished:
+                    break
+                every = config.checkpoint.every
+                if every and step % every == 0:
+                    before = time.perf_counter()
+                    self.save()
+                    saved = step
+                    window_start += time.perf_counter() - before
+        finally:
+            batches.close()
+        if saved != state.step:
+            self.save()
+
+    def _step(
+        self, step: int, batches: Iterator[dict[str, Any]]
+    ) -> tuple[StepHealth, UpdateReport | None]:
+        """One optimizer step over the whole global batch."""
+        accumulation = self.config.accumulation(self.world_size)
+        loss_sum = torch.zeros((), device=self.device)
+        self.engine.train()
+        self.controller.begin_step(step)
+        for micro_step in range(accumulation):
+            batch = self._to_device(next(batches))
+            loss = self.engine(**batch)
+            self.engine.backward(loss)
+            loss_sum += loss.detach()
+            if micro_step < accumulation - 1:
+                self.engine.step()
+        finite = self.controller.before_step(step)
+        health = inspect_step(self.shards, loss_sum / accumulation, finite)
+        self.optimizer.hold = not health.finite or self.controller.holds_step(step)
+        if health.finite:
+            clip_gradients(self.shards, health.grad_norm, self.config.optimizer.grad_clip)
+        else:
+            self.shards.zero_gradients()
+        self.engine.step()
+        self.optimizer.hold = False
+        return health, self.controller.after_step(step, applied=health.finite)
+
+    def _dry_run(self) -> None:
+        """One step that changes nothing: out-of-memory and broken shapes show before step 1."""
+        states = (torch.get_rng_state(), _cuda_rng_state(self.device))
+        self.engine.train()
+        self.controller.begin_step(0)
+        c = self.config
+        ids = torch.zeros(c.micro_batch_size, c.seq_len, dtype=torch.int64, device=self.device)
+        documents = ids if c.document_attention else None
+        for _ in range(c.accumulation(self.world_size)):
+            self.engine.backward(self.engine(ids, ids, document_ids=documents))
+            self.optimizer.hold = True
+            self.engine.step()
+        self.optimizer.hold = False
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1], self.device)
+
+    def _set_lr(self, step: int) -> float:
+        c = self.config
+        lr = learning_rate(c.schedule, c.optimizer.lr, step, self.warmup_steps, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def _account(self, step: int, health: StepHealth) -> None:
+        state, batch = self.state, self.config.batch(self.world_size)
+        dense = self.controller.is_update(step) and self.controller.method.growth == "gradient"
+        state.flops_spent += self.ledger.add(batch, "dense_gradient" if dense else "sparse")
+        state.step = step
+        state.samples += batch
+        state.tokens += batch * self.config.seq_len
+        state.skipped_steps += not health.finite
+
+    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return {
+            key: None if value is None else value.to(self.device, non_blocking=True)
+            for key, value in batch.items()
+        }
+
+    def evaluate(self, split: str, sequences: int | None = None) -> Evaluation:
+        """Mean loss over a split's whole windows of `seq_len`. A collective."""
+        self.engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        batches = eval_batches(
+            self._dataset(split),
+            self.config.micro_batch_size,
+            self.rank,
+            self.world_size,
+            sequences,
+        )
+        with torch.no_grad():
+            for batch in batches:
+                batch = self._to_device(batch)
+                totals[0] += self.engine(**batch, reduction="sum").double()
+                totals[1] += (batch["targets"] != -100).sum()
+        if self.world_size > 1:
+            dist.all_reduce(totals)
+        self.engine.train()
+        return Evaluation(float(totals[0] / totals[1]), int(totals[1]))
+
+    def _validation_due(self, step: int, last_step: int) -> bool:
+        if not all("val" in data.splits for data, _ in self.data):
+            return False
+        every = self.config.evaluation.every
+        return step == last_step or bool(every and step % every == 0)
+
+    def _validate(self, step: int) -> None:
+        """Validation loss; with `patience`, keeps the best checkpoint and stops early."""
+        state, patience = self.state, self.config.evaluation.patience
+        result = self.evaluate("val", self.config.evaluation.sequences)
+        self.metrics.log(
+            "validation",
+            step,
+            {
+                "loss": result.loss,
+                "perplexity": result.perplexity,
+                "tokens": state.tokens,
+                "flops_spent": state.flops_spent,
+                "scored_tokens": result.tokens,
+            },
+        )
+        if state.best_loss is None or result.loss < state.best_loss:
+            state.best_loss, state.bad_validations = result.loss, 0
+            if patience:
+                self.checkpointer.save(step, asdict(state), tag="best")
+            return
+        state.bad_validations += 1
+        if patience and state.bad_validations >= patience:
+            state.finished = True
+            self.metrics.say(
+                f"stopped early at step {step}: {patience} validations without a new best "
+                f"(best loss {state.best_loss:.4f})"
+            )
+
+    def save(self) -> Path:
+        """Save now. A collective."""
+        path = self.checkpointer.save(self.state.step, asdict(self.state))
+        self.metrics.say(f"saved      step {self.state.step}  {path}")
+        return path
+
+    def load(self, path: Path) -> None:
+        """Restore everything from one checkpoint. A collective."""
+        manifest = self.checkpointer.load(path)
+        for key, value in manifest["state"].items():
+            setattr(self.state, key, value)
+
+    def _resume(self) -> None:
+        mode = self.config.checkpoint.resume
+        newest = self.checkpointer.newest()
+        if mode == "never":
+            if newest is not None:
+                raise UserError(
+                    f"checkpoint.resume is never, but {newest} exists; choose another output_dir "
+                    "or name, or move it away"
+                )
+            return
+        if newest is None:
+            if mode == "required":
+                raise UserError(f"checkpoint.resume: no checkpoint in {self.checkpointer.folder}")
+            return
+        check_drift(newest, self.checkpointer.identity, self.config.checkpoint.allow_changed)
+        self.load(newest)
+        self.metrics.say(f"resumed    step {self.state.step}  {newest}")
+
+    def _log_step(self, step: int, health: StepHealth, lr: float, tokens_per_second: float) -> None:
+        c, state = self.config, self.state
+        peak = c.peak_tflops * 1e12 if c.peak_tflops else self._device_peak()
+        total_peak = peak * self.world_size if peak else None
+        active = self.ledger.active.total / c.seq_len
+        dense = self.ledger.dense.total / c.seq_len
+        self.metrics.log(
+            "train",
+            step,
+            {
+                "loss": health.loss,
+                "lr": lr,
+                "grad_norm": health.grad_norm,
+                "tokens": state.tokens,
+                "tokens_per_second": tokens_per_second,
+                "flops_spent": state.flops_spent,
+                "mfu_active": mfu(active, tokens_per_second, total_peak),
+                "mfu_dense": mfu(dense, tokens_per_second, total_peak),
+                "sparsity": self.sparsity,
+                "skipped_steps": state.skipped_steps,
+            },
+        )
+
+    def _device_peak(self) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        return peak_flops(torch.cuda.get_device_name(self.device), self.precision)
+
+    def _log_update(self, step: int, update: UpdateReport) -> None:
+        self.sparsity = _sparsity(*self.controller.counts())
+        values = {
+            "sparsity": self.sparsity,
+            "churn": update.churn,
+            "drop_fraction": self.controller.schedule.drop_fraction(step),
+            "dropped": update.dropped,
+            "replaced": update.replaced,
+        }
+        self.metrics.log("topology", step, values)
+
+    def _copy_tokenizer(self) -> None:
+        """The tokenizer travels with the run, so that an export needs nothing else."""
+        source = self.data[0][0].tokenizer_path
+        target = self.run_dir / "tokenizer"
+        if source is not None and not target.exists():
+            temporary = target.with_name("tokenizer.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
+            temporary.rename(target)
+
+    def close(self) -> None:
+        """Free the engine; the process group stays, for the next Trainer or the exit."""
+        self.metrics.close()
+        self.engine.destroy()
+
+
+def _common_vocabulary(sources: list[TokenData]) -> tuple[int, int]:
+    """The one vocabulary of all sources; refuses tokenizers that differ."""
+    first = sources[0]
+    for other in sources[1:]:
+        if (other.vocab_size, other.tokenizer_sha256) != (first.vocab_size, first.tokenizer_sha256):
+            raise UserError(
+                "data: the sources were tokenised by different tokenizers (vocabularies of "
+                f"{first.vocab_size} and {other.vocab_size}); prepare them with one"
+            )
+    return first.vocab_size, first.eos_id
+
+
+def _sparsity(active: int, total: int) -> float:
+    return 1.0 - active / total if total else 0.0
+
+
+def _cuda_rng_state(device: torch.device) -> Tensor | None:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None

@@ -1,0 +1,147 @@
+"""What a run tells: JSONL and TensorBoard always, wandb on request, lines or a live bar.
+
+Only rank 0 speaks. `metrics.jsonl` holds one object a line, `kind` is `train`, `validation` or
+`topology`; a resumed run first drops the lines after the step it resumes from, so the file is
+always one clean curve.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sparse_gpt.config import LoggingConfig
+from sparse_gpt.errors import UserError
+
+FORMATS = {
+    "loss": "{:.4f}",
+    "perplexity": "{:.2f}",
+    "lr": "{:.2e}",
+    "grad_norm": "{:.3f}",
+    "tokens": "{:,}",
+    "tokens_per_second": "{:,.0f}",
+    "flops_spent": "{:.3e}",
+    "mfu_active": "{:.1%}",
+    "mfu_dense": "{:.1%}",
+    "sparsity": "{:.4f}",
+    "churn": "{:.4f}",
+    "drop_fraction": "{:.3f}",
+}
+
+
+class Metrics:
+    """The log of one run, on rank 0; elsewhere every call does nothing."""
+
+    def __init__(
+        self, run_dir: Path, config: LoggingConfig, name: str, total_steps: int, active: bool
+    ) -> None:
+        self.active, self.total_steps = active, total_steps
+        self._progress: Progress | None = None
+        if not active:
+            return
+        self.path = run_dir / "metrics.jsonl"
+        self._file: Any = None
+        self._run_dir, self._config, self._name = run_dir, config, name
+        self._wandb: Any = None
+        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+
+    def start(self, step: int) -> None:
+        """Open the log after `step` steps; later lines of an earlier, ended session are dropped."""
+        if not self.active:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._trim(step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        folder = self._run_dir / "tensorboard"
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        if self._config.wandb:
+            try:
+                import wandb  # pyright: ignore[reportMissingImports]
+            except ImportError:
+                raise UserError(
+                    "logging.wandb: wandb is not installed; pip install 'sparse_gpt[wandb]' or "
+                    "set logging.wandb: false"
+                ) from None
+            self._wandb = wandb.init(project=self._config.wandb_project, name=self._name)
+        if sys.stdout.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self._task = self._progress.add_task("steps", total=self.total_steps, completed=step)
+            self._progress.start()
+
+    def _trim(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        kept = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:  # the half-written last line of a killed run
+                continue
+            if record.get("step", 0) <= step:
+                kept.append(line + "\n")
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(kept), encoding="utf-8")
+        os.replace(temporary, self.path)
+
+    def say(self, message: str) -> None:
+        """One plain line."""
+        if self.active:
+            self.console.print(message, markup=False)
+            sys.stdout.flush()
+
+    def advance(self, step: int) -> None:
+        """Move the bar, where there is one."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step)
+
+    def log(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Write one record everywhere. Numbers that are not finite are written as text."""
+        if not self.active:
+            return
+        record = {"kind": kind, "step": step, **values}
+        self._file.write(json.dumps(_plain(record)) + "\n")
+        self._file.flush()
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
+        for key, value in numbers.items():
+            self._board.add_scalar(f"{kind}/{key}", value, step)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{key}": v for key, v in numbers.items()}, step=step)
+        shown = "  ".join(
+            f"{key} {FORMATS[key].format(value)}"
+            for key, value in values.items()
+            if key in FORMATS and value is not None
+        )
+        self.say(f"{kind:<10} step {step}/{self.total_steps}  {shown}")
+
+    def close(self) -> None:
+        """Flush and end; safe to call twice."""
+        if not self.active:
+            return
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
+            self._file = None
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+
+def _plain(record: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: str(value) if isinstance(value, float) and value - value != 0 else value
+        for key, value in record.items()
+    }

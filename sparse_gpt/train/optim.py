@@ -1,0 +1,99 @@
+"""AdamW that can be held, its parameter groups, and the learning rate as a function of the step."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_gpt.config import OptimizerConfig, ScheduleConfig
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW with a `hold`: while it is set, `step` changes nothing.
+
+    Weights, moments and step counts all stay. Zeroed gradients or a learning rate of 0 would
+    still move the moments. Used where a topology update replaces the optimizer step (RigL as
+    published) and for steps with non-finite gradients.
+    """
+
+    hold = False
+
+    def step(self, closure: Any = None) -> Any:
+        if self.hold:
+            return None
+        return super().step(closure)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: linear weights decay; biases, LayerNorms and embeddings do not."""
+    decay, plain = [], []
+    for name, parameter in model.named_parameters():
+        matrix = name.endswith(".weight") and (".attn." in name or ".mlp." in name)
+        (decay if matrix else plain).append(parameter)
+    return [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+    """The optimizer of a run; the learning rate is set before every step.
+
+    It starts at 0 because DeepSpeed makes an empty first step at some stages: `prime_optimizer`
+    undoes what that leaves behind.
+    """
+    return AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=0.0,
+        betas=config.betas,
+        eps=config.eps,
+        fused=True,
+    )
+
+
+def prime_optimizer(optimizer: AdamW, masters: Iterable[torch.Tensor]) -> None:
+    """Give every master tensor its Adam state, at step 0 with zero moments.
+
+    Torch makes the state in the first step; checkpoints and topology need it before.
+    """
+    for tensor in masters:
+        state = optimizer.state[tensor]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        state["exp_avg"] = torch.zeros_like(tensor)
+        state["exp_avg_sq"] = torch.zeros_like(tensor)
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Steps taken so far (the same for every tensor)."""
+    return max((int(state["step"]) for state in optimizer.state.values()), default=0)
+
+
+def set_optimizer_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Set Adam's step count, which bias correction depends on."""
+    for state in optimizer.state.values():
+        state["step"].fill_(steps)
+
+
+def learning_rate(
+    config: ScheduleConfig, peak: float, step: int, warmup_steps: int, total_steps: int
+) -> float:
+    """Learning rate of step t (from 1): t / warmup * peak, then down to `min_lr_ratio * peak`.
+
+    The last step of a cosine or linear schedule has exactly the minimum.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    low = config.min_lr_ratio * peak
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    if config.type == "constant":
+        return peak
+    if config.type == "cosine":
+        return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    if config.type == "linear":
+        return peak + (low - peak) * progress
+    decay_steps = max(1, math.ceil(config.decay_fraction * total_steps))
+    return peak + (low - peak) * max(
+        0.0, min(1.0, (step - total_steps + decay_steps) / decay_steps)
+    )

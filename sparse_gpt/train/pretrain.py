@@ -1,0 +1,34 @@
+"""`launch/pretrain.py` as a function."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sparse_gpt.config_file import dump_yaml, load_config
+from sparse_gpt.hf import ImportedWeights
+from sparse_gpt.plan import plan, render
+from sparse_gpt.train.loop import Trainer, TrainState
+
+
+def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainState:
+    """Train the model of a config file to its end; returns the final state.
+
+    Prints the resolved configuration and the plan first. Raises `UserError` for bad input.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    config = load_config(config_path, list(overrides))
+    source = ImportedWeights(config.init_from) if config.init_from else None
+    trainer = Trainer(config, source)
+    logging.getLogger("sparse_gpt").setLevel(logging.INFO if trainer.rank == 0 else logging.ERROR)
+    trainer.metrics.say(dump_yaml(config).rstrip())
+    trainer.metrics.say(render(plan(config, trainer.vocab_size, trainer.world_size)))
+    trainer.metrics.say(
+        f"{trainer.world_size} ranks on {trainer.device.type}, {trainer.precision}, "
+        f"ZeRO stage {config.deepspeed.zero_stage}, in {trainer.run_dir}"
+    )
+    state = trainer.fit()
+    trainer.close()
+    dist.destroy_process_group()
+    return state
