@@ -50,7 +50,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer-sample-bytes",
         type=int,
-        default=16_000_000,
+        default=10_000_000,
         help="text to train the tokenizer on, spread over the corpus (%(default)s)",
     )
     parser.add_argument("--val-fraction", type=float, default=0.01, help="(%(default)s)")

@@ -53,7 +53,7 @@ class PrepareOptions:
     sources: Mapping[str, Source]
     tokenizer: str = "sentencepiece"
     vocab_size: int | None = None
-    tokenizer_sample_bytes: int = 16_000_000
+    tokenizer_sample_bytes: int = 10_000_000
     holdout: HoldoutRule = field(default_factory=HoldoutRule)
     workers: int = 1
     overwrite: bool = False

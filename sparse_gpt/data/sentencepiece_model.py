@@ -90,7 +90,7 @@ def convert_sentencepiece(content: bytes, where: str) -> tuple[dict[str, Any], s
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:
         proto.ParseFromString(content)
     except DecodeError as error:

@@ -140,10 +140,12 @@ class TokenData:
         return self.splits[name]
 
 
-def open_data(path: str | Path, *, val_fraction: float = 0.01) -> TokenData:
+def open_data(
+    path: str | Path, *, val_fraction: float = 0.01, vocab_size: int | None = None
+) -> TokenData:
     """Open a prepared folder, or a Megatron-LM pair by its prefix (`foo` for foo.bin, foo.idx).
 
-    val_fraction is used for a Megatron pair only, which knows no splits (see
+    val_fraction and vocab_size are for a Megatron pair only, which knows neither (see
     `sparse_gpt.data.megatron`). File sizes are checked against the index; digests only by
     `verify`. Raises UserError saying what is wrong with which file.
     """
@@ -153,7 +155,7 @@ def open_data(path: str | Path, *, val_fraction: float = 0.01) -> TokenData:
     from sparse_gpt.data.megatron import is_megatron, open_megatron
 
     if is_megatron(path):
-        return open_megatron(path, val_fraction=val_fraction)
+        return open_megatron(path, val_fraction=val_fraction, vocab_size=vocab_size)
     if not path.exists():
         raise UserError(
             f"data path {path} does not exist; give a folder made by prepare_data.py or the "
