@@ -18,6 +18,7 @@ from sparse_gpt.model.flops import (
     steps_for_tokens,
 )
 from sparse_gpt.model.presets import preset
+from sparse_gpt.topology.structure import BlockStructure
 
 VOCAB = 50257
 SEQUENCES = 2_283_520  # 4460 steps of 512
@@ -130,9 +131,10 @@ def test_counts_are_whole_blocks_nearest_to_the_sparsity(rows, cols, block, spar
     counts = active_counts(dims, sparsity / 100, block)
     for name, (out, inner) in linear_shapes(dims).items():
         assert counts[name] % size == 0
-        assert size <= counts[name] <= out * inner
         exact = Fraction(100 - sparsity, 100) * out * inner
         assert abs(counts[name] - exact) <= Fraction(size, 2) or counts[name] == size
+        structure = BlockStructure(block)
+        assert counts[name] == size * structure.active_units((out, inner), sparsity / 100)
 
 
 def test_dense_gradient_step():
