@@ -17,6 +17,7 @@ when next used. A test that builds a DeepSpeed engine ends with `cleanup_engine(
 
 import atexit
 import contextlib
+import gc
 import json
 import os
 import pickle
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAX_WORLD_SIZE = 8
 MAX_POOLS = 3  # alive at once; the one unused for longest is ended first
 START_SECONDS = 120.0
-GRACE_SECONDS = 5.0  # for the other ranks to report too, once one has failed
+GRACE_SECONDS = 2.0  # for the other ranks to report too, once one has failed
 LOG_TAIL = 3000
 
 
@@ -319,9 +320,15 @@ def cleanup_engine(engine: Any) -> None:
     Call it at the end of a test function (in `finally` where the pool should survive) and keep
     no reference to the engine, its optimizer or its module afterwards.
     """
-    import gc
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
 
     engine.destroy()
-    engine.optimizer = None
-    engine.module = None
+    # What ZeRO-3 leaves behind: it appends the model to a module-level list at every forward
+    # pass, and a cache on a method keeps its coordinator, hence the engine.
+    parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    for method in vars(coordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # within another decorator
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
     gc.collect()
