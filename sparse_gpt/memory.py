@@ -1,0 +1,92 @@
+"""Memory of a rank by arithmetic: states at each ZeRO stage, activations of a micro-batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sparse_gpt.model.gpt import GPTConfig
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes a rank holds at one ZeRO stage.
+
+    `gradients` are the fp32 accumulation; `optimizer` Adam's moments and the fp32 master;
+    `masks` one byte a block on every rank. Buffers of the communication are not counted.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    masks: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return sum((self.weights, self.gradients, self.optimizer, self.masks, self.activations))
+
+
+def states(
+    parameters: int, units: int, activations: int, precision: str, stage: int, ranks: int
+) -> StageMemory:
+    """Bytes a rank at a ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 all.
+
+    bf16: 2 (weights) + 4 (gradients) + 12 (master, moments) a parameter. fp32: 4 + 4 + 12, of
+    which stage 0 has no separate master: 4 + 4 + 8. Shards are rounded up.
+    """
+    if precision == "bf16" and stage == 0:
+        raise ValueError("bf16 has no ZeRO stage 0")
+
+    def share(size: int, sharded_from: int) -> int:
+        each = -(-parameters // ranks) if stage >= sharded_from else parameters
+        return size * each
+
+    return StageMemory(
+        weights=share(2 if precision == "bf16" else 4, 3),
+        gradients=share(4, 2),
+        optimizer=share(8 if stage == 0 else 12, 1),
+        masks=units,
+        activations=activations,
+    )
+
+
+def activation_bytes(
+    config: GPTConfig, batch: int, seq_len: int, precision: str, checkpointing: bool
+) -> int:
+    """Bytes autograd keeps for backward of `batch` sequences, and the loss's fp32 temporaries.
+
+    A block keeps, a token: the inputs and outputs of both LayerNorms, q, k, v and the attention's
+    output (d each), fc1's output and its activation (f each); attention scores are never stored
+    (fused attention), only their row sums. Dropout adds a byte-wide mask for each residual branch.
+    With checkpointing a block keeps its input, and one block at a time all of it. The head keeps
+    its logits, and fp32 copies for the loss. On a CPU attention with dropout is not fused and
+    keeps S x S scores a head as well; they are not counted.
+    """
+    size = 2 if precision == "bf16" else 4
+    d, f = config.d_model, config.d_ff
+    block = size * (8 * d + 2 * f) + 4 * config.n_head + 4 * 4  # and the LayerNorms' statistics
+    if config.dropout:
+        block += 2 * d
+    layers = config.n_layer * block
+    if checkpointing:
+        layers = config.n_layer * size * d + block
+    ends = size * 2 * d + (size + 2 * 4) * config.vocab_size
+    return batch * seq_len * (layers + ends)
+
+
+def by_stage(
+    config: GPTConfig,
+    parameters: int,
+    units: Mapping[str, int],
+    batch: int,
+    seq_len: int,
+    precision: str,
+    ranks: int,
+) -> dict[int, StageMemory]:
+    """`states` at every ZeRO stage the precision has; `units` are blocks by sparse layer."""
+    activations = activation_bytes(
+        config, batch, seq_len, precision, config.activation_checkpointing
+    )
+    return {
+        stage: states(parameters, sum(units.values()), activations, precision, stage, ranks)
+        for stage in range(1 if precision == "bf16" else 0, 4)
+    }

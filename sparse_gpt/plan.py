@@ -1,0 +1,234 @@
+"""What a run will take, before it starts: pure arithmetic on dimensions, at any size."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from sparse_gpt.config import RunConfig
+from sparse_gpt.ift.iso_flop import Residual, residual
+from sparse_gpt.memory import StageMemory, activation_bytes, by_stage
+from sparse_gpt.model.flops import FlopsLedger, kept_units, linear_shapes, sequence_flops
+from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.topology.methods import METHODS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Exact integers; FLOPs are forward and backward as Table 17 counts them, memory in bytes.
+
+    `flops_total` is what the ledger of the run will show at its end: the sparse products, and
+    the dense weight gradients of RigL's updates. `base_*` is the dense base model on the same
+    tokens, `masked_*` what the masked kernel computes: every product in full.
+    """
+
+    name: str
+    model: GPTConfig
+    base_dims: dict[str, int]
+    ift_member: str
+    iso_flop: str
+    algorithm: str
+    sparsity: float  # asked for
+    achieved_sparsity: float  # of the sparse layers, after rounding to whole blocks
+    layer_residual: Residual  # the sparsified layers against the base model's
+
+    parameters: int
+    active_parameters: int
+    base_parameters: int
+
+    flops_per_token: int
+    base_flops_per_token: int
+    masked_flops_per_token: int
+    flops_per_sequence: int
+    base_flops_per_sequence: int
+    flops_total: int
+    base_flops_total: int
+    masked_flops_total: int
+    topology_updates: int
+    dense_gradient_flops: int  # in flops_total, from updates that need dense gradients
+
+    seq_len: int
+    micro_batch_size: int
+    global_batch_size: int
+    accumulation: int
+    steps: int
+    warmup_steps: int
+    tokens: int
+
+    ranks: int
+    precision: str
+    zero_stage: int
+    offload_optimizer: str
+    memory: dict[int, StageMemory]  # a rank's, by ZeRO stage
+    activations: int  # a rank's, without activation checkpointing
+    activations_checkpointed: int
+    checkpoint_bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the memory of a stage with its total, the residual as its excess."""
+        tree = dataclasses.asdict(self)
+        tree["layer_residual"]["excess"] = float(self.layer_residual.excess)
+        for stage, memory in self.memory.items():
+            tree["memory"][stage]["total"] = memory.total
+        return tree
+
+
+def parameter_count(dims: dict[str, int], vocab_size: int, n_positions: int) -> int:
+    """Parameters of a GPT: embeddings (the head is tied), weights, biases and LayerNorms."""
+    d, f = dims["d_model"], dims["d_ff"]
+    block = 4 * (d * d + d) + (2 * d * f + f + d) + 4 * d
+    return (vocab_size + n_positions) * d + dims["n_layer"] * block + 2 * d
+
+
+def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | None = None) -> Plan:
+    """The plan of a run on `world_size` ranks. No tensor is made: 175B takes no longer.
+
+    `precision` is what `auto` turned out to be; without it, `auto` counts as bf16 where ZeRO
+    allows that. Raises `UserError` where the batch does not fit the ranks.
+    """
+    gpt = config.gpt_config(vocab_size)
+    dims, base = config.dims, config.base_dims
+    if precision is None:
+        precision = config.precision
+        if precision == "auto":
+            precision = "bf16" if config.deepspeed.zero_stage else "fp32"
+    units = _active_units(config)
+    block = math.prod(config.sparsity.structure.block)
+    active = {name: count * block for name, (count, _) in units.items()}
+    all_units = {name: count for name, (_, count) in units.items()}
+    dense_weights = sum(all_units.values()) * block
+    ledger = FlopsLedger.of(dims, config.seq_len, vocab_size, active)
+    base_flops = sequence_flops(base, config.seq_len, vocab_size).total
+
+    steps, batch = config.total_steps(world_size), config.batch(world_size)
+    sequences = steps * batch
+    method = METHODS[config.sparsity.algorithm]
+    updates = 0
+    if active and method.dynamic:
+        last = min(config.update_stop(world_size) - 1, steps)
+        updates = max(0, last) // config.sparsity.update.freq
+    extra = updates * batch * ledger.dense_gradient if method.growth == "gradient" else 0
+
+    parameters = parameter_count(dims, vocab_size, gpt.n_positions)
+    micro = config.micro_batch_size
+    memory_args = (gpt, micro, config.seq_len, precision)
+    return Plan(
+        name=config.name,
+        model=gpt,
+        base_dims=base,
+        ift_member=config.ift.member,
+        iso_flop=config.ift.iso_flop,
+        algorithm=config.sparsity.algorithm,
+        sparsity=config.sparsity.sparsity,
+        achieved_sparsity=1 - sum(active.values()) / dense_weights if active else 0.0,
+        layer_residual=residual(base, dims, active)["all"],
+        parameters=parameters,
+        active_parameters=parameters - dense_weights + sum(active.values()),
+        base_parameters=parameter_count(base, vocab_size, gpt.n_positions),
+        flops_per_token=ledger.active.total // config.seq_len,
+        base_flops_per_token=base_flops // config.seq_len,
+        masked_flops_per_token=ledger.dense.total // config.seq_len,
+        flops_per_sequence=ledger.active.total,
+        base_flops_per_sequence=base_flops,
+        flops_total=sequences * ledger.active.total + extra,
+        base_flops_total=sequences * base_flops,
+        masked_flops_total=sequences * ledger.dense.total,
+        topology_updates=updates,
+        dense_gradient_flops=extra,
+        seq_len=config.seq_len,
+        micro_batch_size=micro,
+        global_batch_size=batch,
+        accumulation=config.accumulation(world_size),
+        steps=steps,
+        warmup_steps=config.warmup_steps(world_size),
+        tokens=sequences * config.seq_len,
+        ranks=world_size,
+        precision=precision,
+        zero_stage=config.deepspeed.zero_stage,
+        offload_optimizer=config.deepspeed.offload_optimizer,
+        memory=by_stage(gpt, parameters, all_units, micro, config.seq_len, precision, world_size),
+        activations=activation_bytes(*memory_args, checkpointing=False),
+        activations_checkpointed=activation_bytes(*memory_args, checkpointing=True),
+        # fp32 master and two moments, and a bit a block.
+        checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in all_units.values()),
+    )
+
+
+def _active_units(config: RunConfig) -> dict[str, tuple[int, int]]:
+    """(kept, all) blocks of every sparse layer; empty for a dense run."""
+    sparsity = config.sparsity
+    if sparsity.sparsity == 0.0:
+        return {}
+    block = math.prod(sparsity.structure.block)
+    return {
+        name: (kept_units(out * inner // block, sparsity.sparsity), out * inner // block)
+        for name, (out, inner) in linear_shapes(config.dims).items()
+        if any(fnmatchcase(name, glob) for glob in sparsity.param_filter)
+    }
+
+
+def render(plan: Plan) -> str:
+    """The plan as text, a line a topic."""
+    m, r = plan.model, plan.layer_residual
+    shape = f"{m.n_layer} layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.n_head} heads"
+    lines = [
+        f"plan: {plan.name}",
+        f"  model        {shape}, vocabulary {m.vocab_size}, {m.n_positions} positions",
+        f"  parameters   {plan.parameters:,} in all, {plan.active_parameters:,} active; "
+        f"dense base model {plan.base_parameters:,}",
+    ]
+    if plan.sparsity:
+        lines.append(
+            f"  sparsity     {plan.sparsity:g} asked for, {plan.achieved_sparsity:.6f} achieved; "
+            f"{plan.algorithm}, {plan.topology_updates:,} updates"
+        )
+    if plan.ift_member != "none":
+        lines.append(
+            f"  iso-FLOP     {plan.ift_member}, per {plan.iso_flop} (not per model): sparsified "
+            f"layers {100 * float(r.excess):+.3f} % of the base model's FLOPs from rounding"
+        )
+    lines += [
+        f"  FLOPs/token  {_flops(plan.flops_per_token)}, "
+        f"{_ratio(plan.flops_per_token, plan.base_flops_per_token)} of the dense base model "
+        f"({_flops(plan.base_flops_per_token)}); "
+        f"{_flops(plan.masked_flops_per_token)} computed with masked storage",
+        f"  FLOPs        {_flops(plan.flops_total)} in all, "
+        f"{_ratio(plan.flops_total, plan.base_flops_total)} of the dense base model "
+        f"({_flops(plan.base_flops_total)})",
+        f"  steps        {plan.steps:,} of {plan.global_batch_size:,} sequences of "
+        f"{plan.seq_len:,}: {plan.tokens:,} tokens; warmup {plan.warmup_steps:,}; "
+        f"{plan.ranks} ranks x {plan.micro_batch_size} x {plan.accumulation} accumulated",
+        f"  memory/rank  {plan.precision}, estimated, by ZeRO stage (* this run):",
+    ]
+    for stage, memory in plan.memory.items():
+        chosen = "*" if stage == plan.zero_stage else " "
+        lines.append(
+            f"   {chosen} stage {stage}   {_bytes(memory.total)} = weights "
+            f"{_bytes(memory.weights)} + gradients {_bytes(memory.gradients)} + optimizer "
+            f"{_bytes(memory.optimizer)} + masks {_bytes(memory.masks)} + activations "
+            f"{_bytes(memory.activations)}"
+        )
+    if plan.offload_optimizer != "none":
+        lines.append("    the optimizer's share lies in host memory (offload_optimizer)")
+    lines += [
+        f"    activations {_bytes(plan.activations)}, with activation checkpointing "
+        f"{_bytes(plan.activations_checkpointed)}",
+        f"  checkpoint   {_bytes(plan.checkpoint_bytes)}",
+    ]
+    return "\n".join(lines)
+
+
+def _flops(count: int) -> str:
+    return f"{count:.4g}" if count < 1e6 else f"{count:.3e}"
+
+
+def _ratio(part: int, whole: int) -> str:
+    return f"{part / whole:.4f}x"
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"

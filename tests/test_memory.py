@@ -1,0 +1,88 @@
+"""Memory by arithmetic against what autograd really keeps."""
+
+import pytest
+import torch
+
+from sparse_gpt.memory import activation_bytes, by_stage, states
+from sparse_gpt.model.gpt import GPT, GPTConfig
+from sparse_gpt.ops import Pattern
+
+
+def gpt_config(n_layer: int, checkpointing: bool = False) -> GPTConfig:
+    return GPTConfig(
+        n_layer=n_layer,
+        n_head=4,
+        d_model=64,
+        d_ff=192,
+        vocab_size=90,
+        n_positions=32,
+        activation_checkpointing=checkpointing,
+    )
+
+
+def kept_bytes(config: GPTConfig, batch: int, dtype: torch.dtype) -> int:
+    """Storages that the backward of a sparse model keeps, parameters apart."""
+    model = GPT(config).to(dtype)
+    model.init_weights(seed=0)
+    for layer in model.sparse_layers().values():
+        layer.pattern = Pattern(torch.rand(layer.weight.shape) < 0.5)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    ids = torch.zeros(batch, 32, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids, ids)
+    size = sum(storage.nbytes() for storage in kept.values())
+    loss.backward()
+    return size
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_block_keeps(precision, checkpointing):
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    sizes = [kept_bytes(gpt_config(n, checkpointing), 3, dtype) for n in (2, 5)]
+    planned = [activation_bytes(gpt_config(n), 3, 32, precision, checkpointing) for n in (2, 5)]
+    # CPU attention keeps its row sums, and LayerNorm its statistics, in the compute type or fp32.
+    slack = 0 if precision == "fp32" else 3 * 3 * 32 * (4 * 4 + 16)
+    assert abs((planned[1] - planned[0]) - (sizes[1] - sizes[0])) <= slack
+
+
+def test_checkpointing_keeps_one_block_whole():
+    plain, less = (activation_bytes(gpt_config(1), 3, 32, "fp32", ck) for ck in (False, True))
+    assert less - plain == 3 * 32 * 4 * 64
+
+
+def test_states_of_bf16():
+    memory = [states(1000, 0, 0, "bf16", stage, 4) for stage in (1, 2, 3)]
+    assert [(m.weights, m.gradients, m.optimizer) for m in memory] == [
+        (2000, 4000, 3000),
+        (2000, 1000, 3000),
+        (500, 1000, 3000),
+    ]
+    assert memory[2].total == 4500
+
+
+def test_states_of_fp32():
+    memory = [states(1000, 7, 5, "fp32", stage, 3) for stage in range(4)]
+    assert [(m.weights, m.gradients, m.optimizer) for m in memory] == [
+        (4000, 4000, 8000),
+        (4000, 4000, 4008),
+        (4000, 1336, 4008),
+        (1336, 1336, 4008),
+    ]
+    assert memory[0].total == 16012
+
+
+def test_bf16_has_no_stage_0():
+    with pytest.raises(ValueError, match="no ZeRO stage 0"):
+        states(1000, 0, 0, "bf16", 0, 4)
+    config = gpt_config(2)
+    assert list(by_stage(config, 9, {}, 1, 32, "bf16", 1)) == [1, 2, 3]
+    assert list(by_stage(config, 9, {"w": 4}, 1, 32, "fp32", 1)) == [0, 1, 2, 3]

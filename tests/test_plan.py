@@ -1,0 +1,186 @@
+"""The plan against the model it speaks of, the ledger, and the published recipe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_gpt.config import RunConfig
+from sparse_gpt.config_file import validate
+from sparse_gpt.ift.iso_flop import Residual
+from sparse_gpt.model.flops import FlopsLedger, active_counts
+from sparse_gpt.model.gpt import GPT
+from sparse_gpt.model.presets import preset
+from sparse_gpt.plan import parameter_count, plan, render
+from sparse_gpt.topology.schedule import UpdateSchedule
+
+ROOT = Path(__file__).resolve().parents[1]
+VOCAB = 50257
+
+
+def config(**changes) -> RunConfig:
+    tree = {
+        "data": [{"path": "none"}],
+        "seq_len": 2048,
+        "micro_batch_size": 8,
+        "global_batch_size": 256,
+        "max_tokens": 2_505_048_064,
+        "model": {"preset": "gpt3-small"},
+        "ift": {"member": "wide"},
+        "sparsity": {"sparsity": 0.75, "algorithm": "set"},
+        "schedule": {"warmup_tokens": 375_000_000},
+        "deepspeed": {"zero_stage": 2},
+    }
+    return validate(RunConfig, {**tree, **changes}, "test")
+
+
+def test_the_pile_recipe():
+    result = plan(config(), VOCAB, 8)
+    assert (result.steps, result.warmup_steps, result.tokens) == (4_778, 716, 2_505_048_064)
+    assert result.accumulation == 4
+    assert config().update_stop(8) == 3_584
+    assert result.topology_updates == 35
+
+
+def test_table_17_of_a_whole_run():
+    changes = {"seq_len": 1024, "global_batch_size": 512, "max_tokens": None, "max_steps": 4460}
+    result = plan(config(**changes, sparsity={"sparsity": 0.5, "algorithm": "static"}), VOCAB, 1)
+    assert result.flops_per_sequence == 1_029_007_761_408
+    assert result.base_flops_per_sequence == 876_303_876_096
+    assert result.flops_total == 1_029_007_761_408 * 2_283_520
+    assert result.base_flops_total == 876_303_876_096 * 2_283_520
+    assert result.flops_per_token * 1024 == result.flops_per_sequence
+    assert result.layer_residual == Residual(84_934_656, 85_542_912)
+
+
+@pytest.mark.parametrize("name", ["gpt3-small", "gpt3-small-sw50"])
+def test_parameters_are_the_models(name):
+    dims = {**preset(name), "n_layer": 2}
+    gpt = config(model=dims, ift={}, sparsity={}).gpt_config(VOCAB)
+    model = GPT(gpt)
+    assert parameter_count(dims, VOCAB, 2048) == sum(p.numel() for p in model.parameters())
+
+
+def test_gpt2_small_has_its_known_size():
+    assert parameter_count(preset("gpt3-small"), VOCAB, 1024) == 124_439_808
+
+
+def test_active_parameters():
+    result = plan(config(), VOCAB, 1)
+    counts = active_counts(preset("gpt3-small-sw75"), 0.75)
+    assert result.parameters - result.active_parameters == 3 * sum(counts.values())
+    assert result.achieved_sparsity == 0.75
+
+
+def test_a_filter_leaves_layers_dense():
+    only = {"sparsity": 0.75, "param_filter": ["h.*.mlp.*"]}
+    whole, part = plan(config(), VOCAB, 1), plan(config(sparsity=only), VOCAB, 1)
+    assert part.active_parameters - whole.active_parameters == 12 * 4 * 1536**2 * 3 // 4
+    assert part.achieved_sparsity == 0.75
+
+
+def test_blocks_are_counted_whole():
+    block = {"type": "block", "block": [32, 16]}
+    changes = {"sparsity": {"sparsity": 0.9, "structure": block}}
+    result = plan(config(**changes), VOCAB, 1)
+    wide = config(**changes).dims
+    counts = active_counts(wide, 0.9, (32, 16))
+    assert all(count % 512 == 0 for count in counts.values())
+    inactive = result.parameters - result.active_parameters
+    assert inactive == 12 * (4 * wide["d_model"] ** 2 + 2 * wide["d_model"] * wide["d_ff"]) - sum(
+        counts.values()
+    )
+    assert result.memory[2].masks * 512 == inactive + sum(counts.values())
+    assert result.achieved_sparsity == pytest.approx(0.9, abs=1e-4)
+    assert result.sparsity == 0.9
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "dense"), [("static", False), ("set", False), ("rigl", True)]
+)
+def test_the_total_is_what_a_runs_ledger_will_show(algorithm, dense):
+    update = {"freq": 5, "stop": 50}
+    sparsity = {"sparsity": 0.75, "algorithm": algorithm, "update": update}
+    c = config(max_tokens=None, max_steps=60, sparsity=sparsity)
+    result = plan(c, VOCAB, 1)
+    dims = preset("gpt3-small-sw75")
+    ledger = FlopsLedger.of(dims, 2048, VOCAB, active_counts(dims, 0.75))
+    schedule = UpdateSchedule(freq=5, stop=c.update_stop(1))
+    updates = [step for step in range(1, 61) if schedule.is_update(step)]
+    for step in range(1, 61):
+        kind = "dense_gradient" if dense and step in updates else "sparse"
+        ledger.add(256, kind)
+    assert result.flops_total == ledger.spent
+    assert updates == [5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert result.topology_updates == (0 if algorithm == "static" else 9)
+    assert (result.dense_gradient_flops > 0) == dense
+
+
+def test_a_run_shorter_than_its_updates():
+    sparsity = {"sparsity": 0.5, "algorithm": "rigl", "update": {"freq": 5, "stop": 500}}
+    result = plan(config(max_tokens=None, max_steps=20, sparsity=sparsity), VOCAB, 1)
+    assert result.topology_updates == 4
+
+
+def test_a_dense_run():
+    result = plan(config(ift={}, sparsity={}), VOCAB, 1)
+    assert result.active_parameters == result.parameters == result.base_parameters
+    assert result.flops_total == result.base_flops_total == result.masked_flops_total
+    assert "sparsity" not in render(result)
+    assert "iso-FLOP" not in render(result)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage", "listed"),
+    [("bf16", 2, "bf16"), ("auto", 0, "fp32"), ("auto", 1, "bf16")],
+)
+def test_precision(precision, stage, listed):
+    c = config(precision=precision, deepspeed={"zero_stage": stage})
+    assert plan(c, VOCAB, 1).precision == listed
+    assert plan(config(), VOCAB, 1, precision="fp32").precision == "fp32"
+
+
+def test_checkpoint_bytes():
+    result = plan(config(), VOCAB, 4)
+    weights = 12 * (4 * 1536**2 + 2 * 1536 * 6144)
+    assert result.checkpoint_bytes == 12 * result.parameters + weights // 8
+
+
+def test_the_largest_model_in_text():
+    deepspeed = {"zero_stage": 3, "offload_optimizer": "cpu"}
+    big = config(model={"preset": "gpt3-175b"}, micro_batch_size=1, deepspeed=deepspeed)
+    result = plan(big, VOCAB, 64)
+    text = render(result)
+    assert result.base_parameters == 174_604_259_328
+    assert "dense base model 174,604,259,328" in text
+    assert "0.75 asked for, 0.750000 achieved; set, 35 updates" in text
+    assert "wide, per layer (not per model)" in text
+    assert "   * stage 3 " in text
+    assert "host memory" in text
+    assert "64 ranks x 1 x 4 accumulated" in text
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "launch" / "plan.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_the_command(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "data: [{path: nowhere}]\nseq_len: 1024\nmax_steps: 10\nmodel: {preset: gpt3-small}\n"
+    )
+    done = run(str(tmp_path / "run.yaml"), "--gpus", "2", "--json", "micro_batch_size=3")
+    assert done.returncode == 0, done.stderr
+    tree = json.loads(done.stdout)
+    assert (tree["flops_per_sequence"], tree["tokens"]) == (876_303_876_096, 10 * 2 * 3 * 1024)
+    assert tree["model"]["vocab_size"] == VOCAB
+    assert "no data at nowhere yet" in done.stderr
+    assert set(tree["memory"]) == {"1", "2", "3"}
+    assert tree["memory"]["1"]["total"] > tree["memory"]["3"]["total"]
+
+
+def test_a_bad_flag_is_one_line(tmp_path):
+    done = run(str(tmp_path / "none.yaml"), "--gpus", "0")
+    assert (done.returncode, done.stderr) == (2, "error: --gpus: 0 is not a positive number\n")
