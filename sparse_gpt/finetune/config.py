@@ -1,0 +1,61 @@
+"""The configuration of a fine-tuning run."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sparse_gpt.config import (
+    CheckpointConfig,
+    DataSource,
+    DeepSpeedConfig,
+    EvaluationConfig,
+    Fraction,
+    LoggingConfig,
+    OptimizerConfig,
+    Positive,
+    ScheduleConfig,
+    Section,
+)
+
+
+class FinetuneConfig(Section):
+    """SPDF: sparse pretraining, then dense (or sparse) fine-tuning.
+
+    `checkpoint`: a run folder, a step folder, or a Hugging Face GPT-2 folder. `mode: dense` drops
+    the masks and every weight learns; `sparse` keeps them. Optimizer and schedule start fresh.
+    Validation is once an epoch unless `evaluation.every` says otherwise; the weights of the best
+    validation are the ones tested.
+    """
+
+    name: str = "finetune"
+    output_dir: Path | None = None
+    seed: Annotated[int, Field(ge=0)] = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+    checkpoint: Path
+    mode: Literal["dense", "sparse"] = "dense"
+    data: tuple[DataSource, ...]
+    document_attention: bool = False
+    seq_len: Positive | None = None  # default: the model's
+    micro_batch_size: Positive = 8
+    global_batch_size: Positive | None = None
+    epochs: Annotated[float, Field(gt=0.0)] | None = None
+    max_steps: Positive | None = None
+    dropout: Fraction | None = None  # default: the model's
+    activation_checkpointing: bool = False
+
+    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
+    schedule: ScheduleConfig = ScheduleConfig(warmup_fraction=0.1)
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    checkpointing: CheckpointConfig = CheckpointConfig(keep_last=1)
+    evaluation: EvaluationConfig = EvaluationConfig(patience=3)
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> "FinetuneConfig":
+        if not self.data:
+            raise ValueError("data: no corpus given; e.g. data: [{path: data/wikitext103}]")
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError("give exactly one of epochs, max_steps")
+        return self

@@ -1,0 +1,168 @@
+"""SPDF: fine-tune a sparsely pretrained model, densely or with its masks (Sparse-IFT, App. E)."""
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from sparse_gpt.config import IFTConfig, ModelConfig, RunConfig, SparsityConfig, UpdateConfig
+from sparse_gpt.config_file import dump_yaml, read_tree, validate
+from sparse_gpt.data.shards import open_data
+from sparse_gpt.errors import UserError
+from sparse_gpt.finetune.config import FinetuneConfig
+from sparse_gpt.hf import ImportedWeights
+from sparse_gpt.train.build import WeightSource
+from sparse_gpt.train.checkpoint_files import open_checkpoint, write_json
+from sparse_gpt.train.engine import init_ranks
+from sparse_gpt.train.loop import Evaluation, Trainer
+
+
+def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Fine-tune as a config file says; returns (and writes) `results.json`.
+
+    Raises `UserError` for bad input, and for `mode: sparse` from weights without masks.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    tree = read_tree(config_path, list(overrides))
+    config = validate(FinetuneConfig, tree, str(config_path))
+    init_ranks()
+    source = open_source(config.checkpoint)
+    patterns = source.patterns()
+    if config.mode == "sparse" and not patterns:
+        raise UserError(
+            f"mode: sparse, but {config.checkpoint} has no masks to keep; set mode: dense"
+        )
+    run = run_config(config, source, dist.get_world_size())
+    trainer = Trainer(run, source)
+    logging.getLogger("sparse_gpt").setLevel(logging.INFO if trainer.rank == 0 else logging.ERROR)
+    trainer.metrics.say(dump_yaml(config).rstrip())
+    state = trainer.fit()
+    best = trainer.checkpointer.folder / "best"
+    if config.evaluation.patience:
+        trainer.load(best)
+    weights = sum(pattern.shape[0] * pattern.shape[1] for pattern in patterns.values())
+    active = sum(
+        int(pattern.active.sum()) * pattern.block[0] * pattern.block[1]
+        for pattern in patterns.values()
+    )
+    results: dict[str, Any] = {
+        "mode": config.mode,
+        "checkpoint": str(config.checkpoint),
+        "lr": config.optimizer.lr,
+        "seed": config.seed,
+        "steps": state.step,
+        "tested_step": trainer.state.step,
+        "stopped_early": state.finished,
+        "validation_loss": trainer.state.best_loss,
+        "optimizer": "fresh AdamW, zero moments",
+        "schedule": f"fresh {config.schedule.type}",
+        "sparse_layer_weights": weights,
+        "weights_outside_masks": weights - active,
+        "weights_outside_masks_train": config.mode == "dense",
+    }
+    for split in ("val", "test"):
+        if all(split in data.splits for data, _ in trainer.data):
+            results[split] = describe(trainer, split)
+    if trainer.rank == 0:
+        write_json(trainer.run_dir / "results.json", results)
+    for split in ("val", "test"):
+        if split in results:
+            r = results[split]
+            trainer.metrics.say(
+                f"{split:<10} {config.mode} fine-tuning: loss {r['loss']:.4f}  token perplexity "
+                f"{r['token_perplexity']:.2f}  word perplexity {r['word_perplexity']}"
+            )
+    trainer.metrics.say(f"results in {trainer.run_dir / 'results.json'}")
+    trainer.close()
+    dist.destroy_process_group()
+    return results
+
+
+def open_source(path: Path) -> WeightSource:
+    """A checkpoint of ours, or a Hugging Face GPT-2 folder."""
+    if (path / "config.json").is_file():
+        return ImportedWeights(path)
+    return open_checkpoint(path)
+
+
+def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) -> RunConfig:
+    """The training run behind a fine-tuning: the source's model, static masks or none."""
+    gpt = source.gpt_config
+    seq_len = config.seq_len or gpt.n_positions
+    if seq_len > gpt.n_positions:
+        raise UserError(
+            f"seq_len {seq_len} is longer than the {gpt.n_positions} positions of the checkpoint"
+        )
+    batch = config.global_batch_size or config.micro_batch_size * world_size
+    steps_per_epoch = math.ceil(_sequences(config, seq_len) / batch)
+    steps = config.max_steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
+    patterns = source.patterns() if config.mode == "sparse" else {}
+    kept = [int(p.active.sum()) / p.active.numel() for p in patterns.values()]
+    sparsity = SparsityConfig(
+        sparsity=max(1e-9, 1 - sum(kept) / len(kept)) if kept else 0.0,
+        algorithm="static",
+        param_filter=tuple(patterns) or SparsityConfig().param_filter,
+        update=UpdateConfig(),
+    )
+    evaluation = config.evaluation
+    if evaluation.every is None:
+        evaluation = evaluation.model_copy(update={"every": min(steps, steps_per_epoch)})
+    return RunConfig(
+        name=config.name,
+        output_dir=config.output_dir,
+        seed=config.seed,
+        precision=config.precision,
+        data=config.data,
+        document_attention=config.document_attention,
+        seq_len=seq_len,
+        micro_batch_size=config.micro_batch_size,
+        global_batch_size=config.global_batch_size,
+        max_steps=steps,
+        model=ModelConfig(
+            n_layer=gpt.n_layer,
+            n_head=gpt.n_head,
+            d_model=gpt.d_model,
+            d_ff=gpt.d_ff,
+            n_positions=gpt.n_positions,
+            activation="gelu_new" if gpt.activation == "gelu_new" else "gelu",
+            dropout=gpt.dropout if config.dropout is None else config.dropout,
+            layer_norm_epsilon=gpt.layer_norm_epsilon,
+            activation_checkpointing=config.activation_checkpointing,
+        ),
+        ift=IFTConfig(member="none"),
+        sparsity=sparsity,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        deepspeed=config.deepspeed,
+        checkpoint=config.checkpointing,
+        evaluation=evaluation,
+        logging=config.logging,
+    )
+
+
+def _sequences(config: FinetuneConfig, seq_len: int) -> int:
+    """Sequences in one pass over the training data."""
+    return sum(
+        (open_data(s.path, val_fraction=s.val_fraction).split("train").n_tokens - 1) // seq_len
+        for s in config.data
+    )
+
+
+def describe(trainer: Trainer, split: str) -> dict[str, Any]:
+    """Loss and perplexity a token and a (white-space) word of the source text, over a split."""
+    result: Evaluation = trainer.evaluate(split)
+    splits = [data.split(split) for data, _ in trainer.data]
+    tokens, words = sum(s.n_tokens for s in splits), [s.n_words for s in splits]
+    word_perplexity = None
+    if all(words):
+        ratio = tokens / sum(count or 0 for count in words)
+        word_perplexity = math.exp(min(result.loss * ratio, 700.0))
+    return {
+        "loss": result.loss,
+        "token_perplexity": result.perplexity,
+        "word_perplexity": word_perplexity,
+        "scored_tokens": result.tokens,
+    }
