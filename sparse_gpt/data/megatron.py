@@ -11,6 +11,7 @@ of all tokens; the rest is the training split.
 """
 
 import hashlib
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def open_megatron(
             raise UserError(
                 f"data path {prefix} is one document; none can be held out: set val_fraction 0"
             )
-        border = np.uint64(len(tokens) - max(1, round(val_fraction * len(tokens))))
+        border = np.uint64(len(tokens) - math.ceil(val_fraction * len(tokens)))
         cut = int(np.searchsorted(starts, border, side="right")) - 1
         cut = min(max(cut, 1), documents - 1)
     ranges = {"train": (0, cut)} | ({"val": (cut, documents)} if cut < documents else {})

@@ -72,6 +72,48 @@ def read_texts(
             yield _decode(content, encoding, str(path))
 
 
+class _ZstdReader(io.RawIOBase):
+    """Decompressed bytes of a file of zstd frames; EOFError where the last one is cut short.
+
+    (The library's own stream reader ends there as if the file were whole.)
+    """
+
+    # Small, because one byte can expand to 32 KiB: bounds the memory a hostile file can take.
+    _CHUNK = 4096
+
+    def __init__(self, raw: BinaryIO):
+        self._raw, self._frame, self._ready = raw, None, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        while not self._ready:
+            chunk = self._raw.read(self._CHUNK)
+            if not chunk:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._ready = memoryview(self._decompress(chunk))
+        n = min(len(buffer), len(self._ready))
+        buffer[:n] = self._ready[:n]
+        self._ready = self._ready[n:]
+        return n
+
+    def _decompress(self, chunk: bytes) -> bytes:
+        import zstandard
+
+        out = []
+        while chunk:
+            if self._frame is None:
+                self._frame = zstandard.ZstdDecompressor().decompressobj()
+            out.append(self._frame.decompress(chunk))
+            chunk = b""
+            if self._frame.eof:
+                chunk, self._frame = self._frame.unused_data, None
+        return b"".join(out)
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The decompressed bytes of a file; damage in the compressed stream becomes a UserError."""
@@ -83,8 +125,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
                 yield file  # pyright: ignore[reportReturnType]
         elif path.suffix == ".zst":
             with open(path, "rb") as raw:
-                reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-                yield io.BufferedReader(reader, 1 << 20)  # pyright: ignore[reportArgumentType]
+                yield io.BufferedReader(_ZstdReader(raw), 1 << 20)  # pyright: ignore[reportReturnType]
         else:
             with open(path, "rb") as file:
                 yield file
