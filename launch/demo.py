@@ -17,10 +17,11 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_gpt.errors import UserError, run_main
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
@@ -133,7 +134,8 @@ def summarise(demo: Demo) -> None:
     from rich.table import Table
 
     folder = ROOT / demo.folder
-    records = [json.loads(line) for line in open(folder / "pretrain" / "metrics.jsonl")]
+    lines = (folder / "pretrain" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
     losses = [record["loss"] for record in records if record["kind"] == "validation"]
     last = [record for record in records if record["kind"] == "train"][-1]
     tuned = json.loads((folder / "finetune" / "results.json").read_text())

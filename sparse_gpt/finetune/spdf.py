@@ -71,9 +71,11 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     for split in ("val", "test"):
         if split in results:
             r = results[split]
+            words = r["word_perplexity"]
             trainer.metrics.say(
-                f"{split:<10} {config.mode} fine-tuning: loss {r['loss']:.4f}  token perplexity "
-                f"{r['token_perplexity']:.2f}  word perplexity {r['word_perplexity']}"
+                f"{split:<10} {config.mode} fine-tuning: loss {r['loss']:.4f}  perplexity "
+                f"{r['token_perplexity']:.2f} a token"
+                + (f", {words:,.1f} a word" if words is not None else "")
             )
     trainer.metrics.say(f"results in {trainer.run_dir / 'results.json'}")
     trainer.close()

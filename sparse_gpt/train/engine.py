@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -35,8 +36,11 @@ def init_ranks() -> torch.device:
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=str(port),
         )
+    # DeepSpeed's own chatter: its progress notes, and its use of names torch is renaming.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     import deepspeed
 
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     on_gpu = deepspeed.get_accelerator().device_name() == "cuda"
     if not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
