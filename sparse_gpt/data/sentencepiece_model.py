@@ -2,6 +2,8 @@
 
 The converted fast tokenizer gives the ids of the sentencepiece library, except:
 - the literal text of a control symbol ("</s>") is read as that symbol, not as plain text;
+- in a unigram model trained elsewhere that lacks one of the characters of "<unk>" or "<0x41>",
+  these literal texts may be read as the unknown symbol or that byte;
 - where two segmentations score exactly alike the two libraries may choose differently;
 - U+2581 in a text becomes a blank, as in sentencepiece itself.
 """
@@ -25,6 +27,9 @@ WORD_PATTERN = f"{BLANK}*[^{BLANK}]+|{BLANK}+"
 # machine's.
 _TRAINING_THREADS = 8
 _MAX_LINE = 4000
+# The fast unigram model finds every piece in a text, also the names "<unk>" and "<0x41>". Their
+# score is so low that single characters win, as long as each character of these names is known.
+_NAME_CHARACTERS = "<>x0123456789ABCDEFunk"
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
@@ -67,6 +72,7 @@ def train_sentencepiece(texts: Iterator[str], model_type: str, vocab_size: int, 
             allow_whitespace_only_pieces=True,
             split_by_whitespace=True,
             max_sentence_length=16 * _MAX_LINE,
+            required_chars=_NAME_CHARACTERS,
             unk_id=0,
             eos_id=1,
             bos_id=-1,
@@ -116,7 +122,8 @@ def convert_sentencepiece(content: bytes, where: str) -> tuple[dict[str, Any], s
     if proto.normalizer_spec.add_dummy_prefix:
         steps.append(decoders.Strip(content=" ", left=1))
     backend.decoder = decoders.Sequence(steps)  # pyright: ignore[reportAttributeAccessIssue]
-    controls = [piece for piece, _, kind in pieces if kind in (_CONTROL, _UNKNOWN)]
+    # Not the unknown symbol: "<unk>" written in a text (as in WikiText) is text.
+    controls = [piece for piece, _, kind in pieces if kind == _CONTROL]
     backend.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in controls])
     own = [piece.replace(BLANK, " ") for piece, _, kind in pieces if kind == _USER_DEFINED]
     backend.add_tokens([AddedToken(p, special=False, normalized=False) for p in own])
@@ -126,7 +133,7 @@ def convert_sentencepiece(content: bytes, where: str) -> tuple[dict[str, Any], s
 def _model(spec: Any, pieces: list[tuple[str, float, int]], unknown: int, where: str) -> Any:
     if spec.model_type == _UNIGRAM:
         vocab = [(piece, score) for piece, score, _ in pieces]
-        # A byte piece's own score is never used, and a control symbol's text must not match.
+        # Only normal pieces may be found in a text; see _NAME_CHARACTERS.
         lowest = min(score for _, score, _ in pieces) - 1000.0
         vocab = [
             (piece, score if kind in (_NORMAL, _USER_DEFINED) else lowest)

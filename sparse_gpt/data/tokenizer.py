@@ -93,10 +93,8 @@ class Tokenizer:
         """Write the canonical folder; the original sentencepiece model goes beside it."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        # No unk_token: AutoTokenizer would make its text, which WikiText contains, a symbol.
         special = {"eos_token": self.eos_token}
-        unknown = _unknown_token(self._spec)
-        if unknown is not None:
-            special["unk_token"] = unknown
         config = {
             # The generic fast class: model-specific ones rebuild the tokenizer their own way.
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -131,14 +129,6 @@ def _canonical(spec: dict[str, Any]) -> dict[str, Any]:
         kept = [p for p in nested if p["type"] == "ByteLevel"]
         spec["post_processor"] = kept[0] if kept else None
     return spec
-
-
-def _unknown_token(spec: dict[str, Any]) -> str | None:
-    model = spec["model"]
-    if model["type"] == "Unigram":
-        unk_id = model.get("unk_id")
-        return None if unk_id is None else model["vocab"][unk_id][0]
-    return model.get("unk_token")
 
 
 def _splits_at_blanks(spec: dict[str, Any]) -> bool:

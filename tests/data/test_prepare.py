@@ -2,6 +2,7 @@
 no data behind."""
 
 import errno
+import itertools
 import shutil
 from collections import namedtuple
 from dataclasses import replace
@@ -45,7 +46,7 @@ def options(tmp_path, source):
 def _documents(split) -> list[list[int]]:
     starts = split.document_starts.astype(int)
     tokens = split.read(0, split.n_tokens)
-    return [tokens[a:b].tolist() for a, b in zip(starts[:-1], starts[1:])]
+    return [tokens[a:b].tolist() for a, b in itertools.pairwise(starts)]
 
 
 def _contents(folder) -> dict[str, bytes]:
@@ -208,7 +209,7 @@ def test_bad_options(options, change, message):
 
 def test_bad_split_name_and_size(options):
     source = options.sources["train"]
-    with pytest.raises(UserError, match="'../x' is no split name"):
+    with pytest.raises(UserError, match=r"'\.\./x' is no split name"):
         prepare.prepare(replace(options, sources={"../x": source}))
     with pytest.raises(UserError, match="--max-bytes is 0"):
         prepare.prepare(replace(options, sources={"train": replace(source, max_bytes=0)}))

@@ -117,12 +117,9 @@ def test_killed_in_the_middle(tmp_path):
     for number in range(100):
         os.link(_once(tmp_path / "one.txt", text), tmp_path / f"{number}.txt")
     (tmp_path / "one.txt").unlink()
-    process = subprocess.Popen(
-        [*COMMAND, "--input", str(tmp_path), "--tokenizer", "bytes", "--workers", "2"]
-        + ["--out", str(tmp_path.parent / f"{tmp_path.name}-out")],
-        stderr=subprocess.DEVNULL,
-    )
     out = tmp_path.parent / f"{tmp_path.name}-out"
+    arguments = ["--input", tmp_path, "--out", out, "--tokenizer", "bytes", "--workers", "2"]
+    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         shard = out / "train-00000.bin"

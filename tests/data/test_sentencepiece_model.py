@@ -11,8 +11,9 @@ from sparse_gpt.data.tokenizer_training import train_tokenizer
 from sparse_gpt.errors import UserError
 from tests.data.fixtures import AWKWARD, prose
 
-# A control symbol written out in the text is the documented difference.
-TEXTS = [prose(seed, 800) for seed in range(20, 30)] + [t for t in AWKWARD if "<s>" not in t]
+TEXTS = [prose(seed, 800) for seed in range(20, 30)] + AWKWARD
+# Where "<s>" is a control symbol, its text is the documented difference.
+NO_SYMBOLS = [text for text in TEXTS if "<s>" not in text]
 
 
 def _train_library_model(path, **options) -> sentencepiece.SentencePieceProcessor:
@@ -68,6 +69,18 @@ def test_models_made_elsewhere(tmp_path, model_type, options):
     assert load_tokenizer(tmp_path / "folder").sha256 == tokenizer.sha256
 
 
+@pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-bpe"])
+def test_names_of_symbols_are_text(kind):
+    """Also where the training text had none of their characters."""
+    texts = [prose(seed, 800).replace("<", "").replace("0", "") for seed in range(8)]
+    tokenizer = train_tokenizer(kind, iter(texts), 420)
+    library = sentencepiece.SentencePieceProcessor(model_proto=tokenizer._sentencepiece)
+    for text in ["<0x41>", "a <0x0A><0xFF> b", "<unk> of <unk>", "<s>é<0xC3><0xA9>", "<0x4"]:
+        assert tokenizer.encode(text) == library.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.encode("</s>") == [tokenizer.eos_id]  # the one that is a symbol
+
+
 def test_models_that_cannot_be_used(tmp_path):
     path = tmp_path / "x.model"
     path.write_bytes(b"this is no model at all")
@@ -96,7 +109,7 @@ def test_mistral_model(data_dir):
     library = sentencepiece.SentencePieceProcessor(model_file=str(path))
     tokenizer = load_tokenizer(path)
     assert (tokenizer.vocab_size, tokenizer.eos_id) == (32000, library.eos_id())
-    for text in TEXTS:
+    for text in NO_SYMBOLS:
         assert tokenizer.encode(text) == library.encode(text)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
