@@ -8,6 +8,8 @@
 Every kernel is tested against this function; it is written to be read, not to be fast.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,10 +24,23 @@ def sparse_linear(
 
     `weight` may hold anything outside the pattern: it is not assumed to be zero there.
     """
-    mask = pattern.expand()
     zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-    masked = torch.where(mask, weight, zero)
+    masked: Tensor = torch.where(pattern.expand(), weight, zero)
     if grad == "dense":
-        # The value of the masked weight, the gradient of the dense one.
-        masked = torch.where(mask, weight, weight - weight.detach())
+        masked = _StraightThrough.apply(weight, masked)  # type: ignore[assignment]
     return F.linear(x, masked, bias)
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The value of the masked weight, the gradient of the dense one.
+
+    Not `masked + weight - weight.detach()`: that is NaN where the weight is infinite or NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, masked: Tensor) -> Tensor:
+        return masked.detach().clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None

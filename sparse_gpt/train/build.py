@@ -22,7 +22,10 @@ from sparse_gpt.topology.structure import BlockStructure
 class WeightSource(Protocol):
     """Where initial weights come from: a checkpoint, or a Hugging Face folder."""
 
-    gpt_config: GPTConfig
+    @property
+    def gpt_config(self) -> GPTConfig:
+        """The model the weights are of."""
+        ...
 
     def parameter(self, name: str) -> Tensor:
         """A whole parameter, fp32."""

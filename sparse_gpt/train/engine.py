@@ -41,7 +41,8 @@ def init_ranks() -> torch.device:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    on_gpu = deepspeed.get_accelerator().device_name() == "cuda"
+    accelerator: Any = deepspeed.get_accelerator()
+    on_gpu = accelerator.device_name() == "cuda"
     if not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():

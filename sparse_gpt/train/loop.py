@@ -1,13 +1,11 @@
 """The Trainer: one readable loop around a DeepSpeed engine."""
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import dump_yaml
-from sparse_gpt.data.loader import PackedDataset, TrainLoader, eval_batches
+from sparse_gpt.data.loader import Batch, PackedDataset, TrainLoader
 from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.shards import TokenData, open_data
 from sparse_gpt.errors import UserError
@@ -32,6 +30,7 @@ from sparse_gpt.train.engine import (
     resolve_precision,
     start_engine,
 )
+from sparse_gpt.train.evaluate import Evaluation, evaluate, to_device
 from sparse_gpt.train.guard import StepHealth, clip_gradients, inspect_step
 from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.optim import learning_rate
@@ -50,18 +49,6 @@ class TrainState:
     best_loss: float | None = None
     bad_validations: int = 0  # in a row, without a new best
     finished: bool = False  # stopped early for good
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss in nats a token over a split, and how many tokens were scored."""
-
-    loss: float
-    tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
 
 
 class Trainer:
@@ -201,16 +188,14 @@ class Trainer:
         if saved != state.step:
             self.save()
 
-    def _step(
-        self, step: int, batches: Iterator[dict[str, Any]]
-    ) -> tuple[StepHealth, UpdateReport | None]:
+    def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepHealth, UpdateReport | None]:
         """One optimizer step over the whole global batch."""
         accumulation = self.config.accumulation(self.world_size)
         loss_sum = torch.zeros((), device=self.device)
         self.engine.train()
         self.controller.begin_step(step)
         for micro_step in range(accumulation):
-            batch = self._to_device(next(batches))
+            batch = to_device(next(batches), self.device)
             loss = self.engine(**batch)
             self.engine.backward(loss)
             loss_sum += loss.detach()
@@ -260,32 +245,10 @@ class Trainer:
         state.tokens += batch * self.config.seq_len
         state.skipped_steps += not health.finite
 
-    def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return {
-            key: None if value is None else value.to(self.device, non_blocking=True)
-            for key, value in batch.items()
-        }
-
     def evaluate(self, split: str, sequences: int | None = None) -> Evaluation:
         """Mean loss over a split's whole windows of `seq_len`. A collective."""
-        self.engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
-        batches = eval_batches(
-            self._dataset(split),
-            self.config.micro_batch_size,
-            self.rank,
-            self.world_size,
-            sequences,
-        )
-        with torch.no_grad():
-            for batch in batches:
-                batch = self._to_device(batch)
-                totals[0] += self.engine(**batch, reduction="sum").double()
-                totals[1] += (batch["targets"] != -100).sum()
-        if self.world_size > 1:
-            dist.all_reduce(totals)
-        self.engine.train()
-        return Evaluation(float(totals[0] / totals[1]), int(totals[1]))
+        dataset = self._dataset(split)
+        return evaluate(self.engine, dataset, self.config.micro_batch_size, sequences)
 
     def _validation_due(self, step: int, last_step: int) -> bool:
         if not all("val" in data.splits for data, _ in self.data):
