@@ -40,8 +40,8 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     logging.getLogger("sparse_gpt").setLevel(logging.INFO if trainer.rank == 0 else logging.ERROR)
     trainer.metrics.say(dump_yaml(config).rstrip())
     state = trainer.fit()
-    best = trainer.checkpointer.folder / "best"
-    if config.evaluation.patience:
+    best = trainer.checkpointer.newest("best")
+    if best is not None:
         trainer.load(best)
     weights = sum(pattern.shape[0] * pattern.shape[1] for pattern in patterns.values())
     active = sum(

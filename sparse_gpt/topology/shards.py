@@ -167,6 +167,13 @@ class PartitionedOptimizerShards(Shards):
             gradient = gradient.narrow(0, address.start, address.numel)
         return gradient
 
+    def zero_gradients(self) -> None:
+        super().zero_gradients()
+        # BF16_Optimizer keeps whole gradients on every rank and looks for non-finite values in
+        # all of them: what stayed in another rank's part would make the ranks take other paths.
+        for flat in getattr(self.engine.optimizer, "fp32_groups_gradients_flat", ()):
+            flat.zero_()
+
     def apply_pattern(self, name: str, pattern: Pattern) -> None:
         pattern.apply_(self.parameters[name].data)
 

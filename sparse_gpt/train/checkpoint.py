@@ -36,11 +36,12 @@ class Checkpointer:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def save(self, step: int, state: dict[str, Any], tag: str | None = None) -> Path:
-        """Write and publish a checkpoint (`tag` names one outside the rotation). A collective.
+        """Write and publish a checkpoint. A collective.
 
+        With a `tag` it is `<tag>-<step>`, outside the rotation, and the one of that tag.
         Every rank raises if any rank failed; the previous checkpoints are untouched then.
         """
-        name = tag or files.step_folder(step)
+        name = files.step_folder(step, tag or "step")
         temporary = self.folder / f"{name}.tmp"
         self._on_first(lambda: self._prepare(temporary))
         error, written = "", {}
@@ -139,22 +140,23 @@ class Checkpointer:
             **self.identity,
         }
         files.write_json(temporary / "manifest.json", manifest)
-        if final.exists():  # only a tagged checkpoint is ever replaced
-            old = final.with_name(final.name + ".old.tmp")
-            final.rename(old)
+        if final.exists():  # a step done again after resuming from an earlier one
+            final.rename(final.with_name(final.name + ".old.tmp"))
         temporary.rename(final)
         files.fsync_path(self.folder)
         for leftover in self.folder.glob("*.old.tmp"):
             shutil.rmtree(leftover)
-        for old_step in files.list_steps(self.folder)[: -self.keep_last]:
-            shutil.rmtree(self.folder / files.step_folder(old_step))
+        tag = final.name.split("-")[0]
+        keep = self.keep_last if tag == "step" else 1
+        for old_step in files.list_steps(self.folder, tag)[:-keep]:
+            shutil.rmtree(self.folder / files.step_folder(old_step, tag))
 
-    def newest(self) -> Path | None:
-        """The newest published checkpoint, as rank 0 sees it. A collective."""
+    def newest(self, tag: str = "step") -> Path | None:
+        """The newest published checkpoint (of a tag), as rank 0 sees it. A collective."""
         found: list[Any] = [None]
         if self.rank == 0:
-            steps = files.list_steps(self.folder)
-            found[0] = str(self.folder / files.step_folder(steps[-1])) if steps else None
+            steps = files.list_steps(self.folder, tag)
+            found[0] = str(self.folder / files.step_folder(steps[-1], tag)) if steps else None
         dist.broadcast_object_list(found)
         return Path(found[0]) if found[0] else None
 

@@ -34,11 +34,11 @@ from sparse_gpt.ops import Pattern
 
 FORMAT = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
-STEP_FOLDER = re.compile(r"^step-(\d{8})$")
 
 
-def step_folder(step: int) -> str:
-    return f"step-{step:08d}"
+def step_folder(step: int, tag: str = "step") -> str:
+    """Name of a checkpoint's folder: `step-00000300`, or `best-00000300` for a tag."""
+    return f"{tag}-{step:08d}"
 
 
 def fsync_path(path: Path) -> None:
@@ -75,11 +75,12 @@ def write_json(path: Path, value: Any) -> None:
     fsync_path(path.parent)
 
 
-def list_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints in a folder, ascending."""
+def list_steps(folder: Path, tag: str = "step") -> list[int]:
+    """Steps of the published checkpoints (of a tag) in a folder, ascending."""
     if not folder.is_dir():
         return []
-    matches = (STEP_FOLDER.match(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    name = re.compile(rf"^{re.escape(tag)}-(\d{{8}})$")
+    matches = (name.match(entry.name) for entry in folder.iterdir() if entry.is_dir())
     return sorted(int(match[1]) for match in matches if match)
 
 
