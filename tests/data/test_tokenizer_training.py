@@ -30,7 +30,7 @@ def test_unknown_kind_and_size_of_bytes():
 
 @pytest.mark.parametrize("kind", ["bpe", "sentencepiece", "sentencepiece-bpe"])
 def test_odd_training_text_does_no_harm(kind):
-    odd = ["\0 nul \0", "z" * 100_000, "\t\t\t", "", "\n\n", "日本" * 3000]
+    odd = ["\0 nul \0", "z" * 20_000, "\t\t\t", "", "\n\n", "日本" * 3000]
     tokenizer = train_tokenizer(kind, iter([*odd, *(prose(i, 500) for i in range(6))]), 350)
     for text in odd:
         assert tokenizer.decode(tokenizer.encode(text)) == text
