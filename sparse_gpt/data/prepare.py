@@ -82,16 +82,22 @@ def prepare(options: PrepareOptions) -> ShardIndex:
     Raises UserError for bad options or input, before anything is written where possible.
     """
     _check(options)
-    _claim_folder(options)
     try:
-        return _prepare(options)
-    except BaseException as error:
-        _remove_own_files(options.out)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise UserError(
-                f"--out {options.out}: the disk is full; what was written is gone"
-            ) from (error)
-        raise
+        _claim_folder(options)
+        try:
+            return _prepare(options)
+        except BaseException:
+            _remove_own_files(options.out)
+            raise
+    except OSError as error:
+        raise UserError(_explain(error, options.out)) from error
+
+
+def _explain(error: OSError, out: Path) -> str:
+    """What an error of the file system means for the user; programming errors are none."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"--out {out}: the disk is full; what was written is gone"
+    return f"{error.filename or out}: {error.strerror or error}; nothing was prepared"
 
 
 def _check(options: PrepareOptions) -> None:

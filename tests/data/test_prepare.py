@@ -301,6 +301,20 @@ def test_a_full_disk_leaves_nothing(options, monkeypatch):
     assert list(options.out.iterdir()) == []
 
 
+def test_errors_of_the_file_system_name_the_path(options, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match=r"file.*Not a directory"):
+        prepare.prepare(replace(options, out=tmp_path / "file" / "out"))
+
+    def refused(*args):
+        raise PermissionError(errno.EACCES, "Permission denied", "/some/input.txt")
+
+    monkeypatch.setattr(prepare, "_encode", refused)
+    with pytest.raises(UserError, match=r"/some/input\.txt: Permission denied"):
+        prepare.prepare(options)
+    assert list(options.out.iterdir()) == []
+
+
 def test_input_that_changes_meanwhile(options, monkeypatch):
     encode = prepare._encode
     folder = options.sources["train"].paths[0]
