@@ -62,12 +62,16 @@ elif [ -f "$done_mark" ] && ! grep -qF " $here" "$done_mark"; then
     echo "this folder was moved since the installation, which holds its path: starting over"
     rm -rf "$venv"
 fi
-if ! "$venv/bin/python" -c "$new_enough" 2> /dev/null; then
+if "$venv/bin/python" -c "$new_enough" 2> /dev/null; then
+    rm -f "$done_mark"
+    : > "$busy_mark"
+else
     echo "making $venv with $("$python" -c 'import sys; print(sys.executable, sys.version.split()[0])')"
-    "$python" -m venv --clear "$venv" || fail "$python -m venv failed; its message is above"
+    rm -rf "$venv"
+    mkdir "$venv"
+    : > "$busy_mark" # before anything else: this can be interrupted too
+    "$python" -m venv "$venv" || fail "$python -m venv failed; its message is above"
 fi
-rm -f "$done_mark"
-: > "$busy_mark"
 echo "installing (once, some minutes: README.md says how much)"
 # PIP_ARGS is a list of options, so it is split into words here.
 # shellcheck disable=SC2086

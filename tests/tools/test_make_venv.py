@@ -15,7 +15,8 @@ case "$*" in
     *"import ensurepip"*) exit "${FAKE_NO_VENV:-0}" ;;
     "-m venv"*)
         echo "venv" >> "$FAKE_LOG"
-        rm -rf .venv && mkdir -p .venv/bin && cp "$FAKE_PYTHON" .venv/bin/python ;;
+        mkdir -p .venv/bin && cp "$FAKE_PYTHON" .venv/bin/python
+        exit "${FAKE_VENV:-0}" ;;
     "-m pip"*)
         echo "$*" >> "$FAKE_LOG"
         exit "${FAKE_PIP:-0}" ;;
@@ -96,10 +97,13 @@ def test_a_touched_pyproject_is_not_a_changed_one(project):
     assert project.asked == []
 
 
-def test_an_interrupted_installation_starts_over(project):
-    failed = project.make(FAKE_PIP="1")
+@pytest.mark.parametrize(
+    ("step", "message"), [("FAKE_PIP", "pip failed"), ("FAKE_VENV", "-m venv failed")]
+)
+def test_an_interrupted_installation_starts_over(project, step, message):
+    failed = project.make(**{step: "1"})
     assert failed.returncode != 0
-    assert "pip failed" in failed.stderr
+    assert message in failed.stderr
     (project.folder / ".venv/half-written").touch()
     again = project.make()
     assert again.returncode == 0
