@@ -215,9 +215,9 @@ def main(argv: list[str] | None = None) -> None:
         dtype=options.dtype,
     )
     for folder, result in zip(folders, results):
-        _say(f"wrote {report.write_result(options.out / f'{folder.file_name}.json', result)}")
+        _say(f"wrote {report.write_result(options.out, folder.file_name, result)}")
     table = report.leaderboard_table(results)
-    (options.out / "table.md").write_text(table + "\n", encoding="utf-8")
+    report.write_table(options.out, "leaderboard", table)
     print(table)
 
 

@@ -224,11 +224,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("--text is missing: name the held-out text to make the task from")
     folders = open_folders(options.folders)
     from eval.text_source import local_text
+    from sparse_gpt.data.corpus import iter_documents
 
     design = Design(
         options.items, options.choices, options.context_words, options.answer_words, options.seed
     )
-    from sparse_gpt.data.corpus import iter_documents
 
     items = build_items(iter_documents(local_text(options.text, options.text_field)), design)
     task_folder = options.out / "task"
@@ -243,9 +243,11 @@ def main(argv: list[str] | None = None) -> None:
         dtype=options.dtype,
     )
     for folder, result in zip(folders, results):
-        written = report.write_result(options.out / f"{folder.file_name}.json", result)
+        written = report.write_result(options.out, folder.file_name, result)
         print(f"wrote {written}", file=sys.stderr, flush=True)
-    print(report.continuation_table(results))
+    table = report.continuation_table(results)
+    report.write_table(options.out, "continuation", table)
+    print(table)
 
 
 if __name__ == "__main__":

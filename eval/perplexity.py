@@ -272,9 +272,11 @@ def main(argv: list[str] | None = None) -> None:
             dtype=options.dtype,
         )
         results.append(result)
-        path = report.write_result(options.out / f"{folder.file_name}.json", result)
+        path = report.write_result(options.out, folder.file_name, result)
         print(f"wrote {path}", file=sys.stderr, flush=True)
-    print(report.perplexity_table(results))
+    table = report.perplexity_table(results)
+    report.write_table(options.out, "perplexity", table)
+    print(table)
 
 
 if __name__ == "__main__":

@@ -56,12 +56,23 @@ COLUMNS = {
 }
 
 
-def write_result(path: Path, result: Result) -> Path:
-    """Write a result file in one step: a reader sees the old file or the whole new one."""
+def write_result(out: Path, file_name: str, result: Result) -> Path:
+    """Write OUT/<file_name>.<kind>.json in one step: a reader sees the old file or all of the new.
+
+    Kinds have their own files, so evaluations may share one folder. Returns the path.
+    """
+    path = out / f"{file_name}.{result['kind']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
+    return path
+
+
+def write_table(out: Path, kind: str, table: str) -> Path:
+    """Write OUT/<kind>.md and return its path."""
+    path = out / f"{kind}.md"
+    path.write_text(table + "\n", encoding="utf-8")
     return path
 
 
@@ -107,11 +118,12 @@ def leaderboard_table(results: Sequence[Result]) -> str:
     Two further tables give differences to the first model (with several) and the share of
     truncated requests; notes follow.
     """
-    header = ["Model", "Sparsity", "Method", "Shots", *COLUMNS.values(), "Average"]
+    origin = ["Transformation", "Sparsity", "Method"]
+    header = ["Model", *origin, "Shots", *COLUMNS.values(), "Average"]
     rows = [
         [
             _name(result),
-            *_sparsity(result),
+            *_origin(result),
             result["settings"]["shots"],
             *(percent(*_score(result, key)) for key in COLUMNS),
             percent(*_average(result)),
@@ -223,11 +235,17 @@ def _name(result: Result) -> str:
     return result["model"]["name"]
 
 
-def _sparsity(result: Result) -> tuple[str, str]:
-    """Sparsity and method as the exporter recorded them, or dashes."""
+def _origin(result: Result) -> tuple[str, str, str]:
+    """Transformation, sparsity and method as the exporter recorded them, or dashes."""
     metadata = result["model"].get("sparse_gpt") or {}
-    sparsity, method = metadata.get("sparsity"), metadata.get("algorithm")
-    return (f"{100 * sparsity:g}%" if isinstance(sparsity, int | float) else "-", method or "-")
+    config = metadata.get("config") or {}
+    sparsity = metadata.get("sparsity")
+    if not isinstance(sparsity, int | float):
+        return "-", "-", "-"
+    member = (config.get("ift") or {}).get("member", "none")
+    method = (config.get("sparsity") or {}).get("algorithm", "-") if sparsity else "-"
+    name = f"sparse {member}" if member != "none" else ("sparse" if sparsity else "dense")
+    return name, f"{100 * sparsity:.1f}%", method
 
 
 def _score(result: Result, key: str) -> tuple[float | None, float | None]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -54,21 +55,26 @@ def test_same_numbers_as_the_stock_command(
 ) -> None:
     twin = tmp_path / "twin"
     shutil.copytree(tiny_model, twin)
-    (twin / "sparse_gpt.json").write_text('{"sparsity": 0.75, "algorithm": "set"}')
+    made = {
+        "sparsity": 0.75,
+        "config": {"sparsity": {"algorithm": "set"}, "ift": {"member": "wide"}},
+    }
+    (twin / "sparse_gpt.json").write_text(json.dumps(made))
     tasks = tmp_path / "tasks"
     done = script(
         "leaderboard.py", tiny_model, f"twin={twin}", "--data", tiny_hub, "--batch-size", "4",
         "--out", tmp_path / "out", "--write-tasks", tasks, "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    first = json.loads((tmp_path / "out" / "tiny.json").read_text())
-    second = json.loads((tmp_path / "out" / "twin.json").read_text())
+    first = json.loads((tmp_path / "out" / "tiny.leaderboard.json").read_text())
+    second = json.loads((tmp_path / "out" / "twin.leaderboard.json").read_text())
 
     assert first["tasks"] == second["tasks"], "the first model left something behind"
-    assert second["model"]["sparse_gpt"] == {"sparsity": 0.75, "algorithm": "set"}
-    table = (tmp_path / "out" / "table.md").read_text()
+    assert second["model"]["sparse_gpt"] == made
+    table = (tmp_path / "out" / "leaderboard.md").read_text()
     assert table.strip() == done.stdout.split("\n", 1)[1].strip()
-    assert "75%" in table and "Difference to tiny" in table
+    assert re.search(r"\| twin +\| +sparse wide +\| +75\.0% +\| +set +\| +leaderboard", table)
+    assert "Difference to tiny" in table
     shares = [column["truncated_share"] for column in first["tasks"].values()]
     assert min(shares) == 0.0 and max(shares) == 1.0, "want both kinds of tasks in this test"
 
@@ -85,7 +91,7 @@ def test_same_numbers_as_the_stock_command_on_real_data(
         "--out", tmp_path / "out", "--write-tasks", tasks, "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads((tmp_path / "out" / "tiny.json").read_text())
+    result = json.loads((tmp_path / "out" / "tiny.leaderboard.json").read_text())
     assert result["tasks"]["mmlu"]["documents"] == 2 * 57
     assert result["tasks"]["mmlu"]["documents_available"] == 14042
     assert "HellaSwag: the data has 10,000 documents, the official set 10,042" in result["notes"]
