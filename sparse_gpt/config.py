@@ -4,7 +4,6 @@ What DeepSpeed gets is derived from it in `train/engine.py`, never written by th
 """
 
 import math
-from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.ift import MEMBERS
+from sparse_gpt.model.flops import fraction_of_steps, steps_for_tokens
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.model.presets import preset
 
@@ -289,14 +289,16 @@ class RunConfig(Section):
         if self.ift.member == "none":
             return self.base_dims
         sparsity = self.ift.sparsity if self.ift.sparsity is not None else self.sparsity.sparsity
-        multiple = self.ift.multiple_of or math.lcm(*self.sparsity.structure.block)
         widen = MEMBERS[self.ift.member]
         return widen(
-            self.base_dims,
-            sparsity,
-            heads=self.ift.heads,
-            multiple_of=None if multiple == 1 else multiple,
+            self.base_dims, sparsity, heads=self.ift.heads, multiple_of=self.width_multiple
         )
+
+    @property
+    def width_multiple(self) -> int | None:
+        """What the widened widths are a multiple of besides the heads; None where nothing."""
+        multiple = self.ift.multiple_of or math.lcm(*self.sparsity.structure.block)
+        return None if multiple == 1 else multiple
 
     def gpt_config(self, vocab_size: int) -> GPTConfig:
         """The model as trained, for a vocabulary."""
@@ -334,7 +336,7 @@ class RunConfig(Section):
         if self.max_steps is not None:
             return self.max_steps
         assert self.max_tokens is not None
-        return -(-self.max_tokens // (self.batch(world_size) * self.seq_len))
+        return steps_for_tokens(self.max_tokens, self.batch(world_size), self.seq_len)
 
     def warmup_steps(self, world_size: int) -> int:
         """Optimizer steps of the linear warmup."""
@@ -342,14 +344,12 @@ class RunConfig(Section):
         if s.warmup_steps is not None:
             return s.warmup_steps
         if s.warmup_tokens is not None:
-            return -(-s.warmup_tokens // (self.batch(world_size) * self.seq_len))
-        return math.ceil((s.warmup_fraction or 0.0) * self.total_steps(world_size))
+            return steps_for_tokens(s.warmup_tokens, self.batch(world_size), self.seq_len)
+        return fraction_of_steps(s.warmup_fraction or 0.0, self.total_steps(world_size))
 
     def update_stop(self, world_size: int) -> int:
         """First step without topology updates: ceil of a fraction of all steps, or as given."""
         stop = self.sparsity.update.stop
         if isinstance(stop, float) and stop <= 1.0:
-            # Decimal text, so that 0.07 * 100 is 7 and not 7.000000000000001.
-            ratio = Decimal(repr(stop)) * self.total_steps(world_size)
-            return math.ceil(ratio)
+            return fraction_of_steps(stop, self.total_steps(world_size))
         return int(stop)

@@ -3,14 +3,14 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.ift.iso_flop import Residual, residual
 from sparse_gpt.memory import StageMemory, activation_bytes, by_stage
-from sparse_gpt.model.flops import FlopsLedger, kept_units, linear_shapes, sequence_flops
+from sparse_gpt.model.flops import FlopsLedger, sequence_flops
 from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.sparse_units import sparse_units
 from sparse_gpt.topology.methods import METHODS
 
 
@@ -93,7 +93,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         precision = config.precision
         if precision == "auto":
             precision = "bf16" if config.deepspeed.zero_stage else "fp32"
-    units = _active_units(config)
+    units = sparse_units(config)
     block = math.prod(config.sparsity.structure.block)
     active = {name: count * block for name, (count, _) in units.items()}
     all_units = {name: count for name, (_, count) in units.items()}
@@ -153,19 +153,6 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         # fp32 master and two moments, and a bit a block.
         checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in all_units.values()),
     )
-
-
-def _active_units(config: RunConfig) -> dict[str, tuple[int, int]]:
-    """(kept, all) blocks of every sparse layer; empty for a dense run."""
-    sparsity = config.sparsity
-    if sparsity.sparsity == 0.0:
-        return {}
-    block = math.prod(sparsity.structure.block)
-    return {
-        name: (kept_units(out * inner // block, sparsity.sparsity), out * inner // block)
-        for name, (out, inner) in linear_shapes(config.dims).items()
-        if any(fnmatchcase(name, glob) for glob in sparsity.param_filter)
-    }
 
 
 def render(plan: Plan) -> str:

@@ -115,9 +115,9 @@ def dense_gradient_extra(dims: Mapping[str, int], seq_len: int, active: Mapping[
     return 2 * seq_len * (dense - sum(active.values()))
 
 
-@dataclass
+@dataclass(frozen=True)
 class FlopsLedger:
-    """FLOPs spent by a run, in exact integers; the state is `spent` alone.
+    """What the steps of a run cost, in exact integers.
 
     `active` counts the sparse products only, `dense` what the masked kernel computes: every
     product in full. `dense_gradient` is the extra of one sequence on a dense-gradient step.
@@ -126,7 +126,6 @@ class FlopsLedger:
     active: SequenceFlops
     dense: SequenceFlops
     dense_gradient: int = 0
-    spent: int = 0
 
     @classmethod
     def of(
@@ -136,15 +135,15 @@ class FlopsLedger:
         vocab_size: int,
         active: Mapping[str, int] | None = None,
     ) -> "FlopsLedger":
-        """A fresh ledger; `active` as for `sequence_flops`."""
+        """The ledger of a model; `active` as for `sequence_flops`."""
         return cls(
             active=sequence_flops(dims, seq_len, vocab_size, active),
             dense=sequence_flops(dims, seq_len, vocab_size),
             dense_gradient=dense_gradient_extra(dims, seq_len, active or {}),
         )
 
-    def add(self, sequences: int, kind: str = "sparse") -> int:
-        """Enter a training step of `sequences` sequences and return its active FLOPs.
+    def step(self, sequences: int, kind: str = "sparse") -> int:
+        """Active FLOPs of a training step of `sequences` sequences.
 
         `kind`: `sparse`, `dense_gradient` (sparse products, dense dW) or `dense` (a dense phase).
         """
@@ -153,7 +152,6 @@ class FlopsLedger:
             "dense_gradient": self.active.total + self.dense_gradient,
             "dense": self.dense.total,
         }[kind]
-        self.spent += sequences * each
         return sequences * each
 
 

@@ -8,10 +8,10 @@ from sparse_gpt.topology.structure import BlockStructure, top_units
 
 
 def random_pattern(
-    name: str, shape: tuple[int, int], structure: BlockStructure, sparsity: float, seed: int
+    name: str, shape: tuple[int, int], structure: BlockStructure, units: int, seed: int
 ) -> Pattern:
-    """The `active_units` highest random scores of a layer's block grid; on the CPU."""
+    """The `units` blocks of a layer's grid with the highest random scores; on the CPU."""
     rows, cols = structure.grid(shape)
     scores = random_scores(seed, 0, name, 0, rows * cols).view(rows, cols)
-    active = top_units(scores, structure.active_units(shape, sparsity))
+    active = top_units(scores, units)
     return Pattern(active.to(torch.bool), structure.block)

@@ -1,12 +1,9 @@
 """What is kept or dropped together: single weights, or blocks of b_out x b_in."""
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from sparse_gpt.model.flops import kept_units
 
 
 @dataclass(frozen=True)
@@ -41,10 +38,6 @@ class BlockStructure:
         if self.score == "max":
             return blocks.abs().amax(dim=(1, 3))
         return blocks.square().sum(dim=(1, 3)).sqrt()
-
-    def active_units(self, shape: tuple[int, int], sparsity: float) -> int:
-        """Exact number of kept blocks of a `[out, in]` weight; see `flops.kept_units`."""
-        return kept_units(math.prod(self.grid(shape)), sparsity)
 
 
 def top_units(scores: Tensor, count: int) -> Tensor:

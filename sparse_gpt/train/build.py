@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from fnmatch import fnmatchcase
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +12,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import Pattern, resolve_kernel
+from sparse_gpt.sparse_units import sparse_units
 from sparse_gpt.topology.init_masks import random_pattern
 from sparse_gpt.topology.methods import METHODS
 from sparse_gpt.topology.schedule import UpdateSchedule
@@ -61,30 +61,14 @@ def initial_patterns(
     config: RunConfig, shapes: dict[str, tuple[int, int]], source: WeightSource | None
 ) -> dict[str, Pattern]:
     """The first topology: the source's, or random masks for every layer the filter names."""
-    if config.sparsity.sparsity == 0.0:
-        return {}
-    chosen = {
-        name: shape
-        for name, shape in shapes.items()
-        if any(fnmatchcase(name, glob) for glob in config.sparsity.param_filter)
-    }
-    unused = [
-        glob
-        for glob in config.sparsity.param_filter
-        if not any(fnmatchcase(name, glob) for name in shapes)
-    ]
-    if unused:
-        raise UserError(
-            f"sparsity.param_filter: {', '.join(unused)} matches no layer; layers are "
-            "h.<i>.attn.{q,k,v,o}.weight and h.<i>.mlp.{fc1,fc2}.weight"
-        )
+    units = sparse_units(config)
     given = source.patterns() if source else {}
     if given:
-        return {name: given[name] for name in chosen if name in given}
+        return {name: given[name] for name in units if name in given}
     structure = structure_of(config)
     return {
-        name: random_pattern(name, shape, structure, config.sparsity.sparsity, config.seed)
-        for name, shape in chosen.items()
+        name: random_pattern(name, shapes[name], structure, kept, config.seed)
+        for name, (kept, _) in units.items()
     }
 
 

@@ -216,12 +216,11 @@ class CheckpointReader:
 
     def patterns(self) -> dict[str, Pattern]:
         """The topology: the pattern of every sparse layer, by the name of its weight."""
-        return {name: self._pattern(name, entry) for name, entry in self._layers().items()}
+        return {name: self.pattern(name) for name in self.manifest["layers"]}
 
-    def _layers(self) -> dict[str, dict[str, Any]]:
-        return self.manifest["layers"]
-
-    def _pattern(self, name: str, entry: dict[str, Any]) -> Pattern:
+    def pattern(self, name: str) -> Pattern:
+        """The pattern of one sparse layer."""
+        entry = self.manifest["layers"][name]
         rows, cols = entry["grid"]
         bits = np.zeros(rows * cols, dtype=bool)
         covered = 0

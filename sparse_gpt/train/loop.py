@@ -239,7 +239,7 @@ class Trainer:
     def _account(self, step: int, health: StepHealth) -> None:
         state, batch = self.state, self.config.batch(self.world_size)
         dense = self.controller.is_update(step) and self.controller.method.growth == "gradient"
-        state.flops_spent += self.ledger.add(batch, "dense_gradient" if dense else "sparse")
+        state.flops_spent += self.ledger.step(batch, "dense_gradient" if dense else "sparse")
         state.step = step
         state.samples += batch
         state.tokens += batch * self.config.seq_len

@@ -23,7 +23,9 @@ def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainSta
     trainer = Trainer(config, source)
     logging.getLogger("sparse_gpt").setLevel(logging.INFO if trainer.rank == 0 else logging.ERROR)
     trainer.metrics.say(dump_yaml(config).rstrip())
-    trainer.metrics.say(render(plan(config, trainer.vocab_size, trainer.world_size)))
+    trainer.metrics.say(
+        render(plan(config, trainer.vocab_size, trainer.world_size, trainer.precision))
+    )
     trainer.metrics.say(
         f"{trainer.world_size} ranks on {trainer.device.type}, {trainer.precision}, "
         f"ZeRO stage {config.deepspeed.zero_stage}, in {trainer.run_dir}"
