@@ -171,8 +171,13 @@ class PartitionedOptimizerShards(Shards):
         super().zero_gradients()
         # BF16_Optimizer keeps whole gradients on every rank and looks for non-finite values in
         # all of them: what stayed in another rank's part would make the ranks take other paths.
-        for flat in getattr(self.engine.optimizer, "fp32_groups_gradients_flat", ()):
+        optimizer = self.engine.optimizer
+        for flat in getattr(optimizer, "fp32_groups_gradients_flat", ()):
             flat.zero_()
+        # With CPU offload a step that DeepSpeed skips leaves its accumulation buffers (bf16 with
+        # fp32 accumulation) as they are: NaN would stay in every later gradient.
+        if getattr(optimizer, "cpu_offload", False):
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
     def apply_pattern(self, name: str, pattern: Pattern) -> None:
         pattern.apply_(self.parameters[name].data)
