@@ -9,13 +9,19 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from sparse_gpt.data.tokenizer import byte_tokenizer
+from sparse_gpt.data import corpus
+from sparse_gpt.data.holdout import HoldoutRule
+from sparse_gpt.data.prepare import PrepareOptions, prepare
+from sparse_gpt.data.shards import open_data
+from sparse_gpt.data.tokenizer import byte_tokenizer, copy_tokenizer
 from sparse_gpt.data.tokenizer_training import train_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf import import_folder
 from sparse_gpt.hf.checkpoint import check_zeros, export_checkpoint
 from sparse_gpt.ops import Pattern
+from tests.data.fixtures import AWKWARD
 from tests.hf.checkpoints import sparse_model, write_run, write_tokenizer
+from tests.tiny import document
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -137,6 +143,37 @@ def test_auto_tokenizer_gives_the_training_ids(tmp_path, kind):
         assert theirs(text)["input_ids"] == tokenizer.encode(text)
     assert theirs.eos_token_id == tokenizer.eos_id
     assert theirs.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+
+
+@pytest.mark.parametrize("kind", ["bpe", "sentencepiece"])
+def test_auto_tokenizer_gives_the_ids_of_a_thousand_documents(tmp_path, kind):
+    """The ids in prepared shards, against AutoTokenizer on the exported folder."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    documents = [document(i) + AWKWARD[i % len(AWKWARD)] for i in range(1000)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (texts / "all.jsonl").write_text(rows, encoding="utf-8")
+    options = PrepareOptions(
+        out=tmp_path / "data",
+        sources={"train": corpus.files([texts])},
+        tokenizer=kind,
+        vocab_size=400,
+        holdout=HoldoutRule(seed=0, val_fraction=0.0),
+        workers=1,
+    )
+    prepare(options)
+    data = open_data(tmp_path / "data")
+    write_run(tmp_path / "run", sparse_model(vocab_size=data.vocab_size))
+    copy_tokenizer(tmp_path / "data" / "tokenizer", tmp_path / "run" / "tokenizer")
+    export_checkpoint(tmp_path / "run", tmp_path / "out")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
+    split = data.split("train")
+    starts = split.document_starts
+    assert split.n_documents == len(documents)
+    for i, text in enumerate(documents):
+        start, end = int(starts[i]), int(starts[i + 1])
+        ids = split.read(start, end - start).tolist()
+        assert ids == [*theirs(text)["input_ids"], theirs.eos_token_id]
 
 
 def test_the_command(run, tmp_path):
