@@ -14,6 +14,7 @@ from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.train import checkpoint_files as files
+from sparse_gpt.train.manifest import write_manifest
 from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
 
 
@@ -139,7 +140,7 @@ class Checkpointer:
             "files": entries,
             **self.identity,
         }
-        files.write_json(temporary / "manifest.json", manifest)
+        write_manifest(temporary, manifest)
         if final.exists():  # a step done again after resuming from an earlier one
             final.rename(final.with_name(final.name + ".old.tmp"))
         temporary.rename(final)
@@ -170,6 +171,8 @@ class Checkpointer:
         mine = {name: list(self.shards.shape(name)) for name in self.shards.parameters}
         if saved != mine:
             raise UserError(f"checkpoint {path} is of another model: its parameters differ")
+        if reader.manifest.get("optimizer_steps") is None:
+            raise UserError(f"checkpoint {path} has weights alone: no run can go on from it")
         self.controller.load_patterns(reader.patterns())
         if self.controller.digest() != reader.manifest["topology_sha256"]:
             raise UserError(f"broken checkpoint {path}: the topology's sha256 is wrong")
@@ -179,7 +182,7 @@ class Checkpointer:
                     tensor.copy_(reader.fragment(name, kind, fragment.start, fragment.numel))
             self.shards.push_masters()
         set_optimizer_steps(self.shards.base_optimizer, reader.manifest["optimizer_steps"])
-        if reader.manifest["world_size"] == self.world_size:
+        if reader.manifest.get("world_size") == self.world_size:
             _set_rng_state(reader.rng(self.rank))
         return reader.manifest
 

@@ -16,7 +16,6 @@ code. Every file is checked against the manifest before it is used.
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,23 +30,17 @@ from torch import Tensor
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.ops import Pattern
+from sparse_gpt.train.manifest import FORMAT as FORMAT
+from sparse_gpt.train.manifest import fsync_path as fsync_path
+from sparse_gpt.train.manifest import read_manifest
+from sparse_gpt.train.manifest import write_json as write_json
 
-FORMAT = 1
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
 def step_folder(step: int, tag: str = "step") -> str:
     """Name of a checkpoint's folder: `step-00000300`, or `best-00000300` for a tag."""
     return f"{tag}-{step:08d}"
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file's or a folder's data to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def file_digest(path: Path) -> str:
@@ -62,17 +55,6 @@ def write_tensors(
     save_file(tensors, path, metadata={"ranges": json.dumps(ranges or {})})
     fsync_path(path)
     return {"size": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON durably under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
 
 
 def list_steps(folder: Path, tag: str = "step") -> list[int]:
@@ -107,29 +89,12 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.manifest = self._read_manifest()
+        self.manifest = read_manifest(path)
         self.files: dict[str, dict[str, Any]] = self.manifest["files"]
         self.shapes = {name: tuple(s) for name, s in self.manifest["parameters"].items()}
         self.names = list(self.shapes)
         self._check_files()
         self._ranges: dict[str, dict[str, list[tuple[int, int, str]]]] = {}
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.path / "manifest.json"
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            if manifest["format"] != FORMAT:
-                raise UserError(f"{path}: format {manifest['format']}, this version reads {FORMAT}")
-            for key in ("files", "parameters", "layers", "state", "gpt_config", "config"):
-                if not isinstance(manifest[key], dict):
-                    raise TypeError(key)
-            return manifest
-        except FileNotFoundError:
-            raise UserError(f"no checkpoint at {self.path}: no manifest.json there") from None
-        except UserError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"broken checkpoint: {path} is not a manifest ({error})") from None
 
     def _check_files(self) -> None:
         for name, entry in self.files.items():

@@ -1,11 +1,11 @@
 """Whether a configuration may go on from a checkpoint of another one."""
 
-import json
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from sparse_gpt.errors import UserError
+from sparse_gpt.train.manifest import read_manifest
 
 # Keys that do not change what is computed: where things go, how often they are saved or shown,
 # and how the same global batch is laid out over ranks.
@@ -33,10 +33,10 @@ def check_drift(path: Path, identity: dict[str, Any], allowed: tuple[str, ...]) 
     Raises `UserError` naming every key that differs, with both values, and how to allow it.
     """
     try:
-        saved = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        saved = read_manifest(path)
         before, now = _flatten(saved["config"]), _flatten(identity["config"])
         data, batch = saved["data"], saved["global_batch_size"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise UserError(f"broken checkpoint {path}: manifest.json: {error!r}") from None
     for flat, size in ((before, batch), (now, identity["global_batch_size"])):
         flat["global_batch_size"] = size  # as resolved for the number of ranks

@@ -1,0 +1,120 @@
+"""The manifest of a checkpoint: what it must hold, and how it is written and read.
+
+It names the size and sha256 of every other file, so it carries a sha256 of its own: a damaged
+manifest is refused like a damaged tensor. Unknown keys are refused too, so that not even the
+digest's own key can change unnoticed.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from sparse_gpt.errors import UserError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class FileEntry(_Strict):
+    """One file of the checkpoint's folder."""
+
+    size: Count
+    sha256: str
+
+
+class LayerEntry(_Strict):
+    """One sparse layer: blocks of its grid, the block's shape, and active blocks."""
+
+    grid: tuple[Count, Count]
+    block: tuple[Count, Count]
+    active: Count
+
+
+class Manifest(_Strict):
+    """Everything a checkpoint says about itself. What only resuming needs may be absent."""
+
+    format: Literal[1]
+    step: Count
+    state: dict[str, Any]
+    gpt_config: dict[str, Any]
+    parameters: dict[str, tuple[Count, ...]]
+    layers: dict[str, LayerEntry]
+    topology_sha256: str
+    files: dict[str, FileEntry]
+    config: dict[str, Any]
+    eos_id: int | None = None
+    optimizer_steps: Count | None = None
+    world_size: Count | None = None
+    global_batch_size: Count | None = None
+    data: list[Any] | None = None
+    sha256: str | None = None  # absent in checkpoints older than this check
+
+
+def digest_of(manifest: dict[str, Any]) -> str:
+    """sha256 over every entry but the digest itself, whatever the layout of the text."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write it durably, with its digest."""
+    write_json(folder / NAME, {**manifest, "sha256": digest_of(manifest)})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder, checked.
+
+    Raises `UserError` naming the file where it is missing, damaged, or of another format.
+    """
+    path = folder / NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
+            raise UserError(f"{path}: format {manifest['format']!r}, this version reads {FORMAT}")
+        Manifest.model_validate_json(text)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint at {folder}: no {NAME} there") from None
+    except UserError:
+        raise
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"broken checkpoint: {path} is not a manifest ({where}: {first['msg']})"
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"broken checkpoint: {path} is not a manifest ({error})") from None
+    if manifest.get("sha256") not in (None, digest_of(manifest)):
+        raise UserError(f"broken checkpoint: the sha256 of {path} is wrong (damaged or edited)")
+    return manifest
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON durably under a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_path(path.parent)
+
+
+def fsync_path(path: Path) -> None:
+    """Flush a file's or a folder's data to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
