@@ -18,6 +18,8 @@ from pydantic import BaseModel, ValidationError
 from sparse_gpt.config import RunConfig
 from sparse_gpt.errors import UserError
 
+MAX_VALUES = 100_000  # in one file; a configuration has a few hundred
+
 Schema = typing.TypeVar("Schema", bound=BaseModel)
 
 
@@ -52,11 +54,26 @@ _Loader.add_implicit_resolver(
 def parse_yaml(text: str, where: str) -> Any:
     """YAML without tags that build objects; errors become a `UserError` naming `where`."""
     try:
-        return yaml.load(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader)
+        _expanded_size(tree, {})
+        return tree
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def _expanded_size(tree: Any, known: dict[int, int]) -> int:
+    """Values in a tree with every alias written out; refuses absurd and endless ones."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = MAX_VALUES + 1  # what a list or mapping that holds itself comes to
+        children = tree.values() if isinstance(tree, dict) else tree
+        known[id(tree)] = 1 + sum(_expanded_size(child, known) for child in children)
+    if known[id(tree)] > MAX_VALUES:
+        raise UserError(f"aliases (*name) expand to more than {MAX_VALUES} values")
+    return known[id(tree)]
 
 
 def load_config(path: Path | str, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
@@ -93,7 +110,7 @@ def _set(tree: Any, keys: list[str], value: Any, override: str) -> None:
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
         if isinstance(tree, list):
-            if not key.isdigit() or int(key) >= len(tree):
+            if not (key.isascii() and key.isdigit()) or int(key) >= len(tree):
                 raise UserError(
                     f"override {override!r}: {key!r} is no index of a list of {len(tree)}"
                 )
@@ -120,6 +137,15 @@ def validate(schema: type[Schema], tree: dict[str, Any], where: str) -> Schema:
         raise UserError(f"{where}: " + "; ".join(lines)) from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
+
+
+def construct(schema: type[Schema], where: str, **fields: Any) -> Schema:
+    """Build a section from Python values; what does not fit together is a `UserError`."""
+    try:
+        return schema(**fields)
+    except ValidationError as error:
+        lines = [_explain(problem, schema) for problem in error.errors(include_url=False)]
+        raise UserError(f"{where}: " + "; ".join(lines)) from None
 
 
 def _explain(problem: Any, schema: type[BaseModel]) -> str:
