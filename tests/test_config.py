@@ -1,0 +1,181 @@
+"""The run configuration: what is refused, what the numbers derived from it are."""
+
+import pytest
+
+from sparse_gpt.config import RunConfig
+from sparse_gpt.config_file import validate
+from sparse_gpt.errors import UserError
+
+PILE = {
+    "data": [{"path": "pile"}],
+    "seq_len": 2048,
+    "micro_batch_size": 8,
+    "global_batch_size": 256,
+    "max_tokens": 2_505_048_064,
+    "model": {"preset": "gpt3-125m"},
+    "ift": {"member": "wide"},
+    "sparsity": {"sparsity": 0.75, "algorithm": "set"},
+    "schedule": {"warmup_tokens": 375_000_000},
+}
+
+
+def make(**changes) -> RunConfig:
+    """A small valid configuration with dotted changes (`__` for dots)."""
+    tree: dict = {
+        "data": [{"path": "corpus"}],
+        "seq_len": 32,
+        "micro_batch_size": 2,
+        "max_steps": 10,
+        "model": {"n_layer": 2, "n_head": 2, "d_model": 64},
+    }
+    for dotted, value in changes.items():
+        *sections, key = dotted.split("__")
+        section = tree
+        for name in sections:
+            section = section.setdefault(name, {})
+        section[key] = value
+        if value is None:
+            del section[key]
+    return validate(RunConfig, tree, "test.yaml")
+
+
+def test_the_pile_recipe():
+    """FACTS section 4: 4,778 steps of 524,288 tokens, 716 of warmup, topology until 3,584."""
+    config = validate(RunConfig, PILE, "pile.yaml")
+    assert config.total_steps(8) == 4778
+    assert config.warmup_steps(8) == 716
+    assert config.update_stop(8) == 3584
+    assert config.total_steps(8) * config.batch(8) * config.seq_len == 2_505_048_064
+    assert (config.dims["d_model"], config.dims["d_ff"]) == (1536, 6144)
+    assert config.accumulation(8) == 4
+    assert (config.sparsity.update.freq, config.sparsity.drop_fraction.init) == (100, 0.3)
+    assert config.optimizer.betas == (0.9, 0.95)
+
+
+REFUSED = {
+    "no data": ({"data": []}, "data: no corpus"),
+    "both lengths": ({"max_tokens": 5}, "exactly one of max_tokens, max_steps"),
+    "no length": ({"max_steps": None}, "exactly one of max_tokens, max_steps"),
+    "bf16 at stage 0": (
+        {"precision": "bf16", "deepspeed__zero_stage": 0},
+        "set deepspeed.zero_stage: 1",
+    ),
+    "batch": ({"global_batch_size": 7}, "global_batch_size 7 is not a multiple of"),
+    "long sequence": (
+        {"model__n_positions": 31},
+        "seq_len 32 is longer than model.n_positions 31",
+    ),
+    "heads": (
+        {"model__n_head": 3},
+        "model.d_model 64 is not divisible by model.n_head 3",
+    ),
+    "block": (
+        {"sparsity__structure": {"type": "block", "block": [24, 8]}},
+        "sparsity.structure.block: b_out 24 does not divide d_model 64",
+    ),
+    "block of inputs": (
+        {"sparsity__structure": {"type": "block", "block": [8, 24]}, "model__d_ff": 120},
+        "b_in 24 does not divide d_model 64",
+    ),
+    "block without a type": (
+        {"sparsity__structure": {"block": [4, 4]}},
+        "set type: block",
+    ),
+    "type without a block": (
+        {"sparsity__structure": {"type": "block"}},
+        "needs block: [b_out, b_in]",
+    ),
+    "no model": ({"model": {}}, "model: set preset, or n_layer, n_head, d_model"),
+    "unknown preset": ({"model": {"preset": "gpt3-126m"}}, "did you mean 'gpt3-125m'?"),
+    "two warmups": (
+        {"schedule": {"warmup_steps": 1, "warmup_tokens": 5}},
+        "one of warmup_tokens, warmup_steps",
+    ),
+    "stop of one": ({"sparsity__update": {"stop": 1}}, "stop 1 is ambiguous: write 1.0"),
+    "sparsity one": ({"sparsity__sparsity": 1.0}, "sparsity.sparsity"),
+    "stage": ({"deepspeed__zero_stage": 4}, "deepspeed.zero_stage"),
+    "negative rate": ({"optimizer__lr": -1e-3}, "optimizer.lr"),
+    "algorithm": ({"sparsity__algorithm": "rigel"}, "sparsity.algorithm"),
+    "empty path": ({"data": [{"weight": 1.0}]}, "data.0.path"),
+    "weight": ({"data": [{"path": "x", "weight": 0.0}]}, "data.0.weight"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_refused(changes, message):
+    with pytest.raises(UserError) as caught:
+        make(**changes)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith("test.yaml: ")
+
+
+WRONG_TYPES = {
+    "model.n_layer: true": ({"model__n_layer": True}, "model.n_layer"),
+    "text for a number": ({"optimizer__lr": "6e-4"}, "optimizer.lr"),
+    "float for an integer": ({"seq_len": 32.5}, "seq_len"),
+    "whole float for an integer": ({"max_steps": 10.0}, "max_steps"),
+    "number for a flag": ({"document_attention": 1}, "document_attention"),
+    "text for a flag": ({"logging__wandb": "yes"}, "logging.wandb"),
+    "text for a section": ({"model": "gpt3"}, "model"),
+    "number for a path": ({"output_dir": 3}, "output_dir"),
+    "section for a list": ({"data": {"path": "x"}}, "data"),
+    "one beta": ({"optimizer__betas": [0.9]}, "optimizer.betas"),
+    "nan": ({"optimizer__lr": float("nan")}, "optimizer.lr"),
+    "infinity": ({"optimizer__lr": float("inf")}, "optimizer.lr"),
+    "infinite decay": ({"optimizer__weight_decay": float("inf")}, "optimizer.weight_decay"),
+    "infinite weight": ({"data": [{"path": "x", "weight": float("inf")}]}, "data.0.weight"),
+}
+
+
+@pytest.mark.parametrize(("changes", "where"), WRONG_TYPES.values(), ids=WRONG_TYPES)
+def test_types_are_strict(changes, where):
+    with pytest.raises(UserError, match=rf"(^|[ ;]){where}"):
+        make(**changes)
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(UserError) as caught:
+        make(seq_len=0, optimizer__lr=0.0, model__n_heads=2)
+    for key in ("seq_len", "optimizer.lr", "model.n_heads: unknown key; did you mean 'n_head'?"):
+        assert key in str(caught.value)
+
+
+def test_a_configuration_is_frozen():
+    config = make()
+    with pytest.raises(ValueError, match="frozen"):
+        config.seq_len = 64
+
+
+def test_batches_and_ranks():
+    config = make(global_batch_size=12)
+    assert [config.accumulation(ranks) for ranks in (1, 2, 3, 6)] == [6, 3, 2, 1]
+    with pytest.raises(UserError, match="12 is not a multiple of micro_batch_size 2 x 4 ranks"):
+        config.accumulation(4)
+    assert make().batch(3) == 6
+    assert make().accumulation(3) == 1
+
+
+@pytest.mark.parametrize(
+    ("stop", "total", "wanted"),
+    [(0.75, 4778, 3584), (0.07, 100, 7), (1.0, 10, 10), (5, 10, 5), (0.8, 4460, 3568)],
+)
+def test_update_stop(stop, total, wanted):
+    assert make(max_steps=total, sparsity__update={"stop": stop}).update_stop(1) == wanted
+
+
+def test_token_schedules_round_up():
+    config = make(max_steps=None, max_tokens=641, schedule__warmup_tokens=65)
+    assert config.total_steps(1) == 11  # 64 tokens a step
+    assert config.warmup_steps(1) == 2
+    assert make(schedule__warmup_fraction=0.11).warmup_steps(1) == 2
+    assert make(schedule__warmup_fraction=0.07, max_steps=100).warmup_steps(1) == 7
+
+
+def test_blocks_steer_the_widths_of_sparse_wide():
+    config = make(
+        ift__member="wide",
+        sparsity__sparsity=0.5,
+        sparsity__structure={"type": "block", "block": [16, 16]},
+    )
+    assert config.dims["d_model"] == 96 and config.dims["d_ff"] == 368
+    assert make(ift__member="wide", sparsity__sparsity=0.0).dims == make().dims
