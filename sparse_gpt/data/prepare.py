@@ -2,7 +2,8 @@
 
 The corpus is read up to three times (count; sample for the tokenizer; encode) rather than held
 in memory; a data set that would be downloaded again each time is kept in a compressed file of
-the output folder until the end. index.json comes last: without it a folder holds no data.
+the folder until the end. Everything happens in a folder beside --out that takes its place when
+it is complete (see `output_folder`): nothing is lost to a bad option or an interruption.
 """
 
 import errno
@@ -21,11 +22,11 @@ from sparse_gpt.data.corpus import Document, Source, iter_counted
 from sparse_gpt.data.encode_pool import Part, encode_parts, parts_of
 from sparse_gpt.data.holdout import Holdout, HoldoutRule, resolve_holdout
 from sparse_gpt.data.order import derive_key, mix64
+from sparse_gpt.data.output_folder import building
 from sparse_gpt.data.progress import PassProgress
 from sparse_gpt.data.shard_index import (
     DTYPES,
     FORMAT,
-    INDEX_FILE,
     TOKENIZER_FOLDER,
     VERSION,
     ShardIndex,
@@ -37,10 +38,6 @@ from sparse_gpt.data.tokenizer_training import KINDS, train_tokenizer
 from sparse_gpt.errors import UserError
 
 _SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
-_OWN_FILE = re.compile(
-    r"[a-z][a-z0-9_]*-\d{5}\.bin|[a-z][a-z0-9_]*\.doc\.(npy|tmp)|index\.json(\.tmp)?"
-    r"|[a-z][a-z0-9_]*\.documents\.zst"
-)
 _SAMPLE_PIECE = 8192
 
 
@@ -78,17 +75,14 @@ def prepare(options: PrepareOptions) -> ShardIndex:
     """Prepare a folder and return its index.
 
     The shards are a pure function of the corpus, the tokenizer and the options; the number of
-    workers does not matter. On any error everything written is removed again.
+    workers does not matter. On any error everything written is removed again and data already in
+    options.out stays; with overwrite, it is replaced when the new data is complete.
     Raises UserError for bad options or input, before anything is written where possible.
     """
     _check(options)
     try:
-        _claim_folder(options)
-        try:
-            return _prepare(options)
-        except BaseException:
-            _remove_own_files(options.out)
-            raise
+        with building(options.out, overwrite=options.overwrite) as folder:
+            return _prepare(options, folder)
     except OSError as error:
         raise UserError(_explain(error, options.out)) from error
 
@@ -125,48 +119,17 @@ def _check(options: PrepareOptions) -> None:
         raise UserError(f"--dtype {options.dtype!r} is none of auto, {', '.join(DTYPES)}")
 
 
-def _claim_folder(options: PrepareOptions) -> None:
-    out = options.out
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is not a folder")
-    if (out / INDEX_FILE).exists() and not options.overwrite:
-        raise UserError(f"--out {out} holds prepared data; add --overwrite or choose another")
-    if out.is_dir():
-        foreign = [
-            path.name
-            for path in out.iterdir()
-            if not _OWN_FILE.fullmatch(path.name) and path.name != TOKENIZER_FOLDER
-        ]
-        if foreign:
-            raise UserError(f"--out {out} holds other files ({foreign[0]}); choose another folder")
-        if options.tokenizer not in KINDS and Path(options.tokenizer).resolve().is_relative_to(
-            out.resolve()
-        ):
-            raise UserError(f"--tokenizer {options.tokenizer} lies in --out; copy it elsewhere")
-        _remove_own_files(out)
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _remove_own_files(out: Path) -> None:
-    # The index goes first: what is left of the rest is then no data.
-    for path in sorted(out.iterdir(), key=lambda path: path.name != INDEX_FILE):
-        if _OWN_FILE.fullmatch(path.name):
-            path.unlink()
-    if (out / TOKENIZER_FOLDER).is_dir():
-        shutil.rmtree(out / TOKENIZER_FOLDER)
-
-
-def _prepare(options: PrepareOptions) -> ShardIndex:
-    surveys = {name: _survey(options.out, name, s) for name, s in options.sources.items()}
+def _prepare(options: PrepareOptions, folder: Path) -> ShardIndex:
+    surveys = {name: _survey(folder, name, s) for name, s in options.sources.items()}
     rule = options.holdout
     holdout = Holdout(0)
     if "train" in surveys and "val" not in surveys:
         holdout = resolve_holdout(rule, surveys["train"].documents)
     tokenizer = _tokenizer(options, surveys, holdout)
     dtype = dtype_for(tokenizer.vocab_size, options.dtype)
-    _check_disk(options, surveys, tokenizer, dtype)
-    tokenizer.save(options.out / TOKENIZER_FOLDER)
-    entries = _encode(options, surveys, holdout, tokenizer, dtype)
+    _check_disk(options, folder, surveys, tokenizer, dtype)
+    tokenizer.save(folder / TOKENIZER_FOLDER)
+    entries = _encode(options, folder, surveys, holdout, tokenizer, dtype)
     for survey in surveys.values():
         if survey.spool is not None:
             survey.spool.unlink()
@@ -181,7 +144,7 @@ def _prepare(options: PrepareOptions) -> ShardIndex:
         options=_recorded(options),
         splits=entries,
     )
-    write_index(options.out, index)
+    write_index(folder, index)
     return index
 
 
@@ -201,9 +164,9 @@ def _recorded(options: PrepareOptions) -> dict[str, Any]:
     }
 
 
-def _survey(out: Path, name: str, source: Source) -> _Survey:
+def _survey(folder: Path, name: str, source: Source) -> _Survey:
     documents = size = 0
-    spool = out / f"{name}.documents.zst" if source.remote else None
+    spool = folder / f"{name}.documents.zst" if source.remote else None
     with PassProgress(f"reading {name}", every=10.0) as progress:
         texts = iter_counted(source)
         for document in texts if spool is None else _write_spool(spool, texts):
@@ -270,9 +233,15 @@ def _line_groups(text: str) -> Iterator[str]:
 
 
 def _check_disk(
-    options: PrepareOptions, surveys: Mapping[str, _Survey], tokenizer: Tokenizer, dtype: str
+    options: PrepareOptions,
+    folder: Path,
+    surveys: Mapping[str, _Survey],
+    tokenizer: Tokenizer,
+    dtype: str,
 ) -> None:
-    """Refuse before writing where the shards cannot fit, from the tokens a byte of a sample."""
+    """Refuse before writing where the shards cannot fit, from the tokens a byte of a sample.
+
+    Data that will be replaced keeps its room until the new data is complete."""
     tokens = size = 0
     for document in next(iter(surveys.values())).read():
         text = document.text[: 1 << 18]
@@ -284,16 +253,18 @@ def _check_disk(
     documents = sum(survey.documents for survey in surveys.values())
     width = int(DTYPES[dtype][-1])
     needed = int(1.2 * total * tokens / size) * width + documents * (width + 16)
-    free = shutil.disk_usage(options.out).free
+    free = shutil.disk_usage(folder).free
     if free < needed:
+        beside = " beside the data that they replace" if options.out.exists() else ""
         raise UserError(
-            f"--out {options.out}: about {needed / 1e9:.2f} GB are needed for the tokens, "
+            f"--out {options.out}: about {needed / 1e9:.2f} GB are needed for the tokens{beside}, "
             f"{free / 1e9:.2f} GB are free; free some or choose another disk"
         )
 
 
 def _encode(
     options: PrepareOptions,
+    folder: Path,
     surveys: Mapping[str, _Survey],
     holdout: Holdout,
     tokenizer: Tokenizer,
@@ -321,7 +292,7 @@ def _encode(
     try:
         for name in names:
             writers[name] = SplitWriter(
-                options.out, name, dtype, tokenizer.vocab_size, options.shard_tokens
+                folder, name, dtype, tokenizer.vocab_size, options.shard_tokens
             )
         total = sum(survey.bytes for survey in surveys.values())
         with PassProgress("tokenising", total) as progress:

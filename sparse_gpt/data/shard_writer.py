@@ -93,6 +93,8 @@ class SplitWriter:
             np.lib.format.write_array_header_1_0(out, header)
             while block := raw.read(1 << 22):
                 out.write(block)
+            out.flush()
+            os.fsync(out.fileno())
         self._raw_starts.unlink()
         return SplitEntry(
             tokens=self.tokens,

@@ -11,8 +11,8 @@ document is read as that token.
 
 import hashlib
 import json
+import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from sparse_gpt.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SENTENCEPIECE_FILE = "tokenizer.model"
+CANONICAL_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # A cut between a word character (or closing punctuation) and a blank is a token boundary for
 # every pre-tokenizer accepted by `_splits_at_blanks`.
 _SAFE_CUT = re.compile(r"[\w.,;:!?\"')\]}](?= )")
@@ -54,9 +55,9 @@ class Tokenizer:
         self._spec = _canonical(spec)
         self.eos_token = eos_token
         self._sentencepiece = sentencepiece
-        canonical = json.dumps(self._spec, sort_keys=True, separators=(",", ":"))
+        canonical = _canonical_json(self._spec)
         self._backend = Backend.from_str(canonical)
-        self.sha256 = hashlib.sha256(f"{canonical}\n{eos_token}".encode()).hexdigest()
+        self.sha256 = _digest(canonical, eos_token)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         eos_id = self._backend.token_to_id(eos_token)
         if eos_id is None:
@@ -102,22 +103,32 @@ class Tokenizer:
             "model_max_length": int(1e30),
             **special,
         }
-        files = {
-            "tokenizer.json": self._spec,
-            "tokenizer_config.json": config,
-            "special_tokens_map.json": special,
-        }
-        for name, content in files.items():
+        for name, content in zip(CANONICAL_FILES, (self._spec, config, special), strict=True):
             text = json.dumps(content, ensure_ascii=False, indent=1, sort_keys=True)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
+            _write(folder / name, f"{text}\n".encode())
         if self._sentencepiece is not None:
-            (folder / SENTENCEPIECE_FILE).write_bytes(self._sentencepiece)
+            _write(folder / SENTENCEPIECE_FILE, self._sentencepiece)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"spec": self._spec, "eos": self.eos_token, "sentencepiece": self._sentencepiece}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["spec"], state["eos"], state["sentencepiece"])
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # the shards are worthless without it
+
+
+def _canonical_json(spec: dict[str, Any]) -> str:
+    return json.dumps(spec, sort_keys=True, separators=(",", ":"))
+
+
+def _digest(canonical: str, eos_token: str) -> str:
+    return hashlib.sha256(f"{canonical}\n{eos_token}".encode()).hexdigest()
 
 
 def _canonical(spec: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +224,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _load_folder(folder: Path) -> Tokenizer:
+def folder_sha256(folder: str | Path) -> str:
+    """`Tokenizer.sha256` of a Hugging Face folder, from its files alone: nothing is built.
+
+    Raises UserError naming what is missing or unreadable.
+    """
+    spec, eos_token = _read_folder(Path(folder))
+    return _digest(_canonical_json(_canonical(spec)), eos_token)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
+    """The content of tokenizer.json and the end token."""
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"tokenizer: there is no tokenizer.json in {folder}")
     spec = _read_json(folder / "tokenizer.json")
     eos = None
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -224,6 +247,11 @@ def _load_folder(folder: Path) -> Tokenizer:
         raise UserError(
             f"tokenizer: {folder} names no end token; set eos_token in tokenizer_config.json"
         )
+    return spec, eos
+
+
+def _load_folder(folder: Path) -> Tokenizer:
+    spec, eos = _read_folder(folder)
     model = folder / SENTENCEPIECE_FILE
     try:
         return Tokenizer(spec, eos, model.read_bytes() if model.is_file() else None)
@@ -260,10 +288,10 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:
-    """Copy a canonical folder as it is (for an exported model), file by file."""
-    Path(target).mkdir(parents=True, exist_ok=True)
-    names = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
-    if (Path(source) / SENTENCEPIECE_FILE).is_file():
-        names.append(SENTENCEPIECE_FILE)
-    for name in names:
-        shutil.copyfile(Path(source) / name, Path(target) / name)
+    """Write the tokenizer of a Hugging Face folder to another (of a run, of an export).
+
+    In canonical form: a canonical folder is copied byte for byte, of any other only what gives
+    the ids of the shards (nothing that adds tokens, no weights that lie beside it).
+    Raises UserError where the source has no tokenizer.json, or one that cannot be read.
+    """
+    _load_folder(Path(source)).save(target)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.layout import INDEX_FILE, METADATA_FILE, WEIGHTS_FILE, Entry, layout
 from sparse_gpt.model.gpt import GPTConfig
@@ -56,10 +57,11 @@ def export_folder(
 ) -> int:
     """Write a folder that stock `transformers` loads as GPT2LMHeadModel; returns its bytes.
 
-    `parameters(name)` gives a parameter of `GPT` by name; one tensor is held at a time. The files
-    of `tokenizer_path` are copied beside the weights, `metadata` goes to `sparse_gpt.json`. The
-    folder appears under its name only when complete. Raises `UserError` for an unknown dtype, a
-    folder in use (without `overwrite`, or one that was not made here) and too little disk.
+    `parameters(name)` gives a parameter of `GPT` by name; one tensor is held at a time. The
+    tokenizer of `tokenizer_path` goes beside the weights in canonical form, `metadata` to
+    `sparse_gpt.json`. The folder appears under its name only when complete. Raises `UserError`
+    for an unknown dtype, a tokenizer that cannot be read, a folder in use (without `overwrite`,
+    or one that was not made here) and too little disk.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype: {dtype!r} is none of {', '.join(DTYPES)}")
@@ -79,7 +81,7 @@ def export_folder(
     partial.mkdir()
     try:
         if tokenizer_path is not None:
-            _copy_tokenizer(tokenizer_path, partial)
+            copy_tokenizer(tokenizer_path, partial)
         _write_weights(partial, shards, parameters, dtype)
         _write_json(partial / "config.json", _hf_config(config, dtype, eos_id))
         tokens = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
@@ -106,15 +108,6 @@ def _check_free(out: Path, overwrite: bool) -> None:
                 f"--out {out} holds no {METADATA_FILE}, so it was not exported by this program "
                 "and is not overwritten; choose another folder"
             )
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    if not (source / "tokenizer.json").is_file():
-        raise UserError(f"tokenizer: there is no tokenizer.json in {source}")
-    for file in source.iterdir():
-        if file.is_file() and file.name not in ("config.json", METADATA_FILE):
-            shutil.copyfile(file, folder / file.name)
-            _flush(folder / file.name)
 
 
 def _publish(partial: Path, out: Path) -> None:

@@ -57,6 +57,11 @@ def _contents(folder) -> dict[str, bytes]:
     }
 
 
+def _left(options) -> list[str]:
+    """What lies in the folder of --out, the input apart."""
+    return sorted(path.name for path in options.out.parent.iterdir() if path.name != "input")
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "sentencepiece-bpe", "bpe", "bytes"])
 def test_shards_hold_the_documents(options, kind):
     vocab_size = None if kind == "bytes" else 400
@@ -204,7 +209,7 @@ def test_downloads_happen_once(options, monkeypatch):
 def test_bad_options(options, change, message):
     with pytest.raises(UserError, match=message):
         prepare.prepare(replace(options, **change))
-    assert not options.out.exists() or not list(options.out.iterdir())
+    assert _left(options) == []
 
 
 def test_bad_split_name_and_size(options):
@@ -250,19 +255,29 @@ def test_existing_output(options):
     prepare.prepare(replace(options, overwrite=True, tokenizer="bytes", vocab_size=None))
     assert open_data(options.out).vocab_size == 257
     verify(options.out)
-    (options.out / "index.json").unlink()  # as a killed preparation leaves it
+    own = str(options.out / "tokenizer")  # it is read before it is replaced
+    prepare.prepare(replace(options, overwrite=True, tokenizer=own, vocab_size=None))
+    verify(options.out)
+    assert _left(options) == ["out"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sources": {"train": corpus.files(["no_such_input"])}},
+        {"tokenizer": "no_such_tokenizer"},
+        {"vocab_size": 100_000},
+        {"holdout": HoldoutRule(val_documents=1000)},
+        {"workers": 0},
+    ],
+)
+def test_a_mistake_with_overwrite_costs_nothing(options, change):
     prepare.prepare(options)
+    before = _contents(options.out)
+    with pytest.raises(UserError):
+        prepare.prepare(replace(options, overwrite=True, **change))
     assert _contents(options.out) == before
-    with pytest.raises(UserError, match="lies in --out"):
-        prepare.prepare(
-            replace(
-                options,
-                overwrite=True,
-                tokenizer=str(options.out / "tokenizer"),
-                vocab_size=None,
-            )
-        )
-    assert _contents(options.out) == before
+    assert _left(options) == ["out"]
 
 
 def test_foreign_files_are_never_touched(options, tmp_path):
@@ -284,7 +299,13 @@ def test_too_little_disk(options, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match="are needed for the tokens"):
         prepare.prepare(options)
-    assert list(options.out.iterdir()) == []
+    assert _left(options) == []
+    monkeypatch.undo()
+    prepare.prepare(options)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match="for the tokens beside the data that they replace"):
+        prepare.prepare(replace(options, overwrite=True))
+    verify(options.out)
 
 
 def test_a_full_disk_leaves_nothing(options, monkeypatch):
@@ -298,12 +319,12 @@ def test_a_full_disk_leaves_nothing(options, monkeypatch):
     monkeypatch.setattr(prepare.SplitWriter, "add", full)
     with pytest.raises(UserError, match="the disk is full"):
         prepare.prepare(options)
-    assert list(options.out.iterdir()) == []
+    assert _left(options) == []
 
 
 def test_errors_of_the_file_system_name_the_path(options, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match=r"file.*Not a directory"):
+    with pytest.raises(UserError, match=r"--out .*file/out: .*file is a file, not a folder"):
         prepare.prepare(replace(options, out=tmp_path / "file" / "out"))
 
     def refused(*args):
@@ -312,7 +333,7 @@ def test_errors_of_the_file_system_name_the_path(options, tmp_path, monkeypatch)
     monkeypatch.setattr(prepare, "_encode", refused)
     with pytest.raises(UserError, match=r"/some/input\.txt: Permission denied"):
         prepare.prepare(options)
-    assert list(options.out.iterdir()) == []
+    assert _left(options) == ["file"]
 
 
 def test_input_that_changes_meanwhile(options, monkeypatch):
@@ -326,4 +347,4 @@ def test_input_that_changes_meanwhile(options, monkeypatch):
     monkeypatch.setattr(prepare, "_encode", late)
     with pytest.raises(UserError, match="changed while it was read"):
         prepare.prepare(options)
-    assert list(options.out.iterdir()) == []
+    assert _left(options) == []

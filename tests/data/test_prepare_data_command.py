@@ -12,7 +12,7 @@ import pytest
 
 from sparse_gpt.data.shards import open_data, verify
 from sparse_gpt.errors import UserError
-from tests.data.fixtures import prose
+from tests.data.fixtures import make_folder, prose
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, str(ROOT / "launch" / "prepare_data.py")]
@@ -117,24 +117,33 @@ def test_killed_in_the_middle(tmp_path):
     for number in range(100):
         os.link(_once(tmp_path / "one.txt", text), tmp_path / f"{number}.txt")
     (tmp_path / "one.txt").unlink()
-    out = tmp_path.parent / f"{tmp_path.name}-out"
+    beside = tmp_path.parent / f"{tmp_path.name}-beside"
+    out = make_folder(beside / "out", {"train": [[1, 2, 3]]})
     arguments = ["--input", tmp_path, "--out", out, "--tokenizer", "bytes", "--workers", "2"]
-    process = subprocess.Popen([*COMMAND, *map(str, arguments)], stderr=subprocess.DEVNULL)
+    command = [*COMMAND, *map(str, arguments), "--overwrite"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        shard = out / "train-00000.bin"
-        if shard.exists() and shard.stat().st_size > 100_000:
+        shards = list(beside.glob("out.tmp-*/train-00000.bin"))
+        if shards and shards[0].stat().st_size > 100_000:
             break
         time.sleep(0.01)
     children = _children(process.pid)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert len(children) >= 2
+    verify(out)
+    assert open_data(out).split("train").n_tokens == 4
+    (unfinished,) = beside.glob("out.tmp-*")
     with pytest.raises(UserError, match=r"has no index\.json"):
-        open_data(out)
+        open_data(unfinished)
     while any(map(_alive, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(map(_alive, children))
+    again = _run("--input", tmp_path / "none", "--out", out, "--overwrite", cwd=tmp_path)
+    assert again.returncode == 2
+    assert os.listdir(beside) == ["out"]
+    verify(out)
 
 
 def _once(path: Path, text: str) -> Path:

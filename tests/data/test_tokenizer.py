@@ -13,6 +13,7 @@ from sparse_gpt.data.tokenizer import (
     Tokenizer,
     byte_tokenizer,
     copy_tokenizer,
+    folder_sha256,
     load_tokenizer,
 )
 from sparse_gpt.data.tokenizer_training import KINDS, train_tokenizer
@@ -94,13 +95,53 @@ def test_saving_and_loading_keeps_identity(trained, kind, tmp_path):
         tokenizer.vocab_size,
         tokenizer.eos_id,
     )
+    assert folder_sha256(tmp_path / "a") == tokenizer.sha256
     copy_tokenizer(tmp_path / "a", tmp_path / "b")
+    for file in (tmp_path / "a").iterdir():
+        assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
     assert load_tokenizer(tmp_path / "b").sha256 == tokenizer.sha256
     assert pickle.loads(pickle.dumps(tokenizer)).sha256 == tokenizer.sha256  # noqa: S301 - our own
     assert tokenizer.encode_batch(TEXTS) == [loaded.encode(text) for text in TEXTS]
     spec = json.loads((tmp_path / "b" / "tokenizer.json").read_text())
     (tmp_path / "b" / "tokenizer.json").write_text(json.dumps(spec))  # formatting only
     assert load_tokenizer(tmp_path / "b").sha256 == tokenizer.sha256
+    assert folder_sha256(tmp_path / "b") == tokenizer.sha256
+
+
+def test_a_copy_is_canonical(trained, tmp_path):
+    """Of a folder from elsewhere, only what gives the shards' ids: no added tokens, no weights."""
+    from transformers import AutoTokenizer
+
+    tokenizer = trained["bytes"]
+    tokenizer.save(tmp_path / "a")
+    path = tmp_path / "a" / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    spec["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    spec["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [256], "tokens": [END_OF_TEXT]}},
+    }
+    path.write_text(json.dumps(spec))
+    (tmp_path / "a" / "model.safetensors").write_text("large")
+    assert folder_sha256(tmp_path / "a") == tokenizer.sha256
+    copy_tokenizer(tmp_path / "a", tmp_path / "b")
+    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    assert {file.name for file in (tmp_path / "b").iterdir()} == names
+    stock = AutoTokenizer.from_pretrained(tmp_path / "b")
+    assert stock("abcdef")["input_ids"] == list(b"abcdef")
+    with pytest.raises(UserError, match=r"there is no tokenizer\.json in"):
+        copy_tokenizer(tmp_path, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_hashes_tell_tokenizers_apart(trained):
