@@ -51,11 +51,8 @@ class PackedDataset:
     ):
         if seq_len < 1:
             raise UserError(f"seq_len is {seq_len}, it must be at least 1")
-        if not data:
-            raise UserError("data: at least one source is needed")
-        _check_same_tokenizer([source for source, _ in data])
         self.split, self.seq_len, self.document_attention = split, seq_len, document_attention
-        self.vocab_size = max(source.vocab_size for source, _ in data)
+        self.vocab_size, self.eos_id = common_vocabulary([source for source, _ in data])
         self._splits = [source.split(split) for source, _ in data]
         self.sizes = []
         for source, tokens in zip((source for source, _ in data), self._splits):
@@ -85,20 +82,32 @@ class PackedDataset:
         return self.item(*self.order.locate(i))
 
 
-def _check_same_tokenizer(sources: list[TokenData]) -> None:
-    known = [source for source in sources if source.tokenizer_sha256 is not None]
-    for source in known[1:]:
-        if source.tokenizer_sha256 != known[0].tokenizer_sha256:
+def common_vocabulary(sources: Sequence[TokenData]) -> tuple[int, int]:
+    """(vocab_size, eos_id) of sources that one run can mix: of one tokenizer.
+
+    Of a source without a known tokenizer (a Megatron pair given none) only the vocabulary's size
+    can be compared; its end token is a guess, which gives way to that of a known tokenizer.
+    Raises UserError naming two sources that differ, their vocabularies and tokenizer hashes.
+    """
+    if not sources:
+        raise UserError("data: at least one source is needed")
+    first = next((source for source in sources if source.tokenizer_sha256), sources[0])
+    for other in sources:
+        both_known = first.tokenizer_sha256 is not None and other.tokenizer_sha256 is not None
+        if other.vocab_size != first.vocab_size or (
+            both_known and other.tokenizer_sha256 != first.tokenizer_sha256
+        ):
             raise UserError(
-                f"data path {source.path} has another tokenizer than {known[0].path}; prepare both "
-                "with the same --tokenizer"
+                f"data: different tokenizers: {_vocabulary(first)}; {_vocabulary(other)}; prepare "
+                "both with one --tokenizer, or give a Megatron pair its tokenizer or vocab_size"
             )
-    for source in sources[1:]:
-        if source.eos_id != sources[0].eos_id:
-            raise UserError(
-                f"data path {source.path} has end token {source.eos_id}, {sources[0].path} has "
-                f"{sources[0].eos_id}; one run needs one tokenizer"
-            )
+    return first.vocab_size, first.eos_id
+
+
+def _vocabulary(source: TokenData) -> str:
+    known = source.tokenizer_sha256
+    tokenizer = "unknown" if known is None else f"sha256 {known[:12]}"
+    return f"{source.path} has vocab_size {source.vocab_size}, tokenizer {tokenizer}"
 
 
 def _collate(samples: Sequence[Sample]) -> Batch:

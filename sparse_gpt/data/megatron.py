@@ -4,8 +4,9 @@ The index: magic "MMIDIDX\\0\\0", version (u64, 1), dtype code (u8), number of s
 number of document boundaries (u64), sequence lengths (i32 each, tokens), byte offsets (i64
 each), document boundaries (i64 each: the sequence where each document starts, then the end).
 
-Such a pair knows no tokenizer and no splits. Its end token is taken as the last token of the
-first document, its vocabulary, unless given, as the largest id + 1 (a pass over the file). Splits:
+Such a pair knows no tokenizer and no splits. Both vocabulary and end token come from the folder
+of the tokenizer that made it, where that is given. Otherwise the end token is taken as the last
+token of the first document, and the vocabulary, unless given, as the largest id + 1. Splits:
 the LAST documents are the validation split, at least one of them, as many as reach val_fraction
 of all tokens; the rest is the training split.
 """
@@ -18,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparse_gpt.data.shards import TokenData, TokenSplit
+from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_gpt.errors import UserError
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -39,13 +41,21 @@ def is_megatron(prefix: str | Path) -> bool:
 
 
 def open_megatron(
-    prefix: str | Path, *, val_fraction: float = 0.01, vocab_size: int | None = None
+    prefix: str | Path,
+    *,
+    val_fraction: float = 0.01,
+    vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> TokenData:
     """Open a pair by its prefix (such as `corpus_text_document`).
 
-    val_fraction: share of the tokens to hold out, 0 for no validation split. vocab_size: saves
-    the pass that finds it. Every count is checked against the sizes of the files before it is
-    used. identity covers the index, the size of the tokens and the split, not each token.
+    val_fraction: share of the tokens to hold out, 0 for no validation split. tokenizer: folder
+    with the tokenizer.json of the one that made the tokens. vocab_size: of the model, so with a
+    tokenizer it may only be as large as its vocabulary or larger (padded). With neither, a pass
+    over all the tokens finds the largest id, at every opening; two corpora of one tokenizer then
+    seldom agree. Ids outside the vocabulary (the tokenizer's, if given) are refused when they are
+    read. Every count is checked against the sizes of the files before it is used. identity covers
+    the index, the size of the tokens and the split, not each token and not the tokenizer.
     Raises UserError for anything that does not fit.
     """
     if not 0 <= val_fraction < 1:
@@ -54,9 +64,17 @@ def open_megatron(
     header = _read_header(index)
     tokens = _map_tokens(content, header)
     starts = _document_starts(index, content, header, len(tokens))
-    if vocab_size is None:
-        vocab_size = _largest(content, tokens) + 1
-    eos_id = int(tokens[int(starts[1]) - 1])
+    known = None if tokenizer is None else _load_tokenizer(Path(tokenizer))
+    if known is not None:
+        id_limit, eos_id = known.vocab_size, known.eos_id
+    else:
+        id_limit = _largest(content, tokens) + 1 if vocab_size is None else vocab_size
+        eos_id = int(tokens[int(starts[1]) - 1])
+    if vocab_size is not None and vocab_size < id_limit:
+        raise UserError(
+            f"data path {prefix}: vocab_size {vocab_size} is smaller than the {id_limit} tokens of "
+            f"tokenizer {tokenizer}; drop vocab_size or make it at least that"
+        )
     where = str(prefix)
     splits = {}
     documents = len(starts) - 1
@@ -76,17 +94,27 @@ def open_megatron(
             f"{where} split {name!r}",
             [tokens[begin:end]],
             starts[low : high + 1] - starts[low],
-            vocab_size,
+            id_limit,
         )
     return TokenData(
         path=Path(prefix),
-        vocab_size=vocab_size,
+        vocab_size=id_limit if vocab_size is None else vocab_size,
         eos_id=eos_id,
-        tokenizer_sha256=None,
-        tokenizer_path=None,
+        tokenizer_sha256=None if known is None else known.sha256,
+        tokenizer_path=None if tokenizer is None else Path(tokenizer),
         splits=splits,
         identity=_identity(index, content.stat().st_size, cut),
     )
+
+
+def _load_tokenizer(folder: Path) -> Tokenizer:
+    # The run copies it for exports, which need the Hugging Face form.
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"data tokenizer {folder} is not a folder with a tokenizer.json; give the folder of "
+            "the tokenizer that made the tokens, in Hugging Face form"
+        )
+    return load_tokenizer(folder)
 
 
 def _read_header(index: Path) -> _Header:

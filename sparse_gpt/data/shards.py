@@ -22,6 +22,7 @@ from sparse_gpt.data.shard_index import (
     read_index,
     sha256_file,
 )
+from sparse_gpt.data.tokenizer import folder_sha256, load_tokenizer
 from sparse_gpt.errors import UserError
 
 _CHUNK = 1 << 22
@@ -141,21 +142,36 @@ class TokenData:
 
 
 def open_data(
-    path: str | Path, *, val_fraction: float = 0.01, vocab_size: int | None = None
+    path: str | Path,
+    *,
+    val_fraction: float = 0.01,
+    vocab_size: int | None = None,
+    tokenizer: str | Path | None = None,
 ) -> TokenData:
     """Open a prepared folder, or a Megatron-LM pair by its prefix (`foo` for foo.bin, foo.idx).
 
-    val_fraction and vocab_size are for a Megatron pair only, which knows neither (see
-    `sparse_gpt.data.megatron`). File sizes are checked against the index; digests only by
-    `verify`. Raises UserError saying what is wrong with which file.
+    val_fraction, vocab_size and tokenizer (the folder of the one that made the tokens) are for a
+    Megatron pair, which knows none of them: see `sparse_gpt.data.megatron.open_megatron`. With
+    neither vocab_size nor tokenizer every opening of a pair, so every rank of a run at its start,
+    reads all of its tokens to find the largest.
+    A prepared folder's file sizes and its tokenizer are checked against the index; the digests
+    of its tokens only by `verify`. Raises UserError saying what is wrong with which file.
     """
     path = Path(path)
     if path.is_dir():
+        for key, value in (("vocab_size", vocab_size), ("tokenizer", tokenizer)):
+            if value is not None:
+                raise UserError(
+                    f"data path {path} is a prepared folder, which has its own {key}; drop {key}, "
+                    "it is for a Megatron .bin/.idx pair"
+                )
         return _open_folder(path)
     from sparse_gpt.data.megatron import is_megatron, open_megatron
 
     if is_megatron(path):
-        return open_megatron(path, val_fraction=val_fraction, vocab_size=vocab_size)
+        return open_megatron(
+            path, val_fraction=val_fraction, vocab_size=vocab_size, tokenizer=tokenizer
+        )
     if not path.exists():
         raise UserError(
             f"data path {path} does not exist; give a folder made by prepare_data.py or the "
@@ -176,16 +192,32 @@ def _inside(folder: Path, name: str) -> Path:
 def _open_folder(folder: Path) -> TokenData:
     index = read_index(folder)
     splits = {name: _open_split(folder, index, name, e) for name, e in index.splits.items()}
-    tokenizer = folder / TOKENIZER_FOLDER
+    tokenizer = _check_tokenizer(folder, index)
     return TokenData(
         path=folder,
         vocab_size=index.vocab_size,
         eos_id=index.eos_id,
         tokenizer_sha256=index.tokenizer_sha256,
-        tokenizer_path=tokenizer if tokenizer.is_dir() else None,
+        tokenizer_path=tokenizer,
         splits=splits,
         identity=index.identity,
     )
+
+
+def _check_tokenizer(folder: Path, index: ShardIndex) -> Path:
+    """Its folder, once its hash is that of the index (its files are read, it is not built)."""
+    tokenizer = folder / TOKENIZER_FOLDER
+    if not tokenizer.is_dir():
+        raise UserError(
+            f"data path {folder}: the {TOKENIZER_FOLDER} folder is missing; prepare the data again"
+        )
+    found = folder_sha256(tokenizer)
+    if found != index.tokenizer_sha256:
+        raise UserError(
+            f"data path {folder}: the tokenizer in {tokenizer} is not the one of the index "
+            f"(sha256 {found[:12]}, not {index.tokenizer_sha256[:12]}); prepare the data again"
+        )
+    return tokenizer
 
 
 def _open_split(folder: Path, index: ShardIndex, name: str, entry: SplitEntry) -> TokenSplit:
@@ -216,7 +248,7 @@ def verify(path: str | Path, *, full: bool = True) -> None:
     """Check a prepared folder; full=True also reads every byte.
 
     Full: sha256 of every file, every id inside the vocabulary, the end token at the end of
-    every document, and the tokenizer's hash. Raises UserError naming the first file that fails.
+    every document, and that the tokenizer loads. Raises UserError naming the first file that fails.
     """
     folder = Path(path)
     data, index = _open_folder(folder), read_index(folder)
@@ -228,13 +260,12 @@ def verify(path: str | Path, *, full: bool = True) -> None:
             if sha256_file(folder / file) != digest:
                 raise UserError(f"{folder / file}: sha256 differs from the index; it is damaged")
         _verify_tokens(data.splits[name], index.eos_id)
-    if data.tokenizer_path is None:
-        raise UserError(f"{folder}: the {TOKENIZER_FOLDER} folder is missing")
-    from sparse_gpt.data.tokenizer import load_tokenizer
-
-    found = load_tokenizer(data.tokenizer_path).sha256
-    if found != index.tokenizer_sha256:
-        raise UserError(f"{data.tokenizer_path}: the tokenizer is not the one of the index")
+    tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
+    if (tokenizer.vocab_size, tokenizer.eos_id) != (index.vocab_size, index.eos_id):
+        raise UserError(
+            f"{folder}: the index says vocab_size {index.vocab_size} and eos_id {index.eos_id}, "
+            f"its tokenizer has {tokenizer.vocab_size} and {tokenizer.eos_id}"
+        )
 
 
 def _verify_tokens(split: TokenSplit, eos_id: int) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from sparse_gpt.data.shard_index import FORMAT, VERSION, ShardIndex, write_index
 from sparse_gpt.data.shard_writer import SplitWriter
-from sparse_gpt.data.tokenizer import byte_tokenizer
+from sparse_gpt.data.tokenizer import Tokenizer, byte_tokenizer
 
 # Everything a careless tokenizer loses or changes.
 AWKWARD = [
@@ -112,8 +112,11 @@ def make_folder(
     eos_id: int = 256,
     dtype: str = "uint16",
     shard_tokens: int = 1000,
+    tokenizer: Tokenizer | None = None,
 ) -> Path:
-    """A prepared folder that holds exactly these documents (an end token is added to each)."""
+    """A prepared folder that holds exactly these documents (an end token is added to each).
+
+    tokenizer: lies in the folder, by default that of bytes, whatever vocab_size says."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {}
     for name, documents in splits.items():
@@ -121,7 +124,7 @@ def make_folder(
         for tokens in documents:
             writer.add(np.array([*tokens, eos_id]), n_bytes=0, n_words=0, ends_document=True)
         entries[name] = writer.close()
-    tokenizer = byte_tokenizer()
+    tokenizer = tokenizer or byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
     index = ShardIndex(
         format=FORMAT,

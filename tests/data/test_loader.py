@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from sparse_gpt.data.loader import (
     IGNORED_TARGET,
     PackedDataset,
     TrainLoader,
+    common_vocabulary,
     eval_batches,
     eval_windows,
 )
-from sparse_gpt.data.shards import open_data
+from sparse_gpt.data.shards import TokenData, open_data
+from sparse_gpt.data.tokenizer_training import train_tokenizer
 from sparse_gpt.errors import UserError
 from tests.data.fixtures import make_folder, random_documents
 
@@ -182,15 +185,48 @@ def test_bad_settings(data, tmp_path):
         next(eval_batches(dataset, 0))
 
 
-def test_sources_of_different_tokenizers(data, tmp_path):
-    import json
+def _source(name: str, vocab_size: int, eos_id: int, sha256: str | None) -> TokenData:
+    return TokenData(Path(name), vocab_size, eos_id, sha256, None, {}, identity=name)
 
-    made = make_folder(tmp_path / "x", {"train": random_documents(9, 9)})
-    index = json.loads((made / "index.json").read_text())
-    index["tokenizer_sha256"] = "0" * 64
-    (made / "index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="another tokenizer"):
-        PackedDataset([(data[0], 1.0), (open_data(made), 1.0)], "train", S, 0)
+
+A, B = "a" * 64, "b" * 64
+
+
+def test_common_vocabulary(data):
+    assert common_vocabulary(data) == (257, 256)
+    assert common_vocabulary([_source("x", 300, 7, A)]) == (300, 7)
+    # A pair without a tokenizer guesses its end token; the known one counts.
+    mixed = [_source("pair", 300, 5, None), _source("x", 300, 7, A), _source("y", 300, 7, A)]
+    assert common_vocabulary(mixed) == (300, 7)
+    assert common_vocabulary([_source("p", 300, 5, None), _source("q", 300, 6, None)]) == (300, 5)
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        [_source("x", 300, 7, A), _source("y", 300, 7, B)],
+        [_source("x", 300, 7, A), _source("y", 301, 7, A)],
+        [_source("x", 300, 7, A), _source("y", 301, 7, None)],
+        [_source("x", 300, 7, None), _source("y", 301, 7, None)],
+        # Neither may hide behind a pair that says nothing.
+        [_source("pair", 300, 7, None), _source("x", 300, 7, A), _source("y", 300, 7, B)],
+    ],
+)
+def test_different_vocabularies(sources):
+    with pytest.raises(UserError) as error:
+        common_vocabulary(sources)
+    for source in sources[-2:]:
+        known = source.tokenizer_sha256
+        tokenizer = "unknown" if known is None else f"sha256 {known[:12]}"
+        said = f"{source.path} has vocab_size {source.vocab_size}, tokenizer {tokenizer}"
+        assert said in str(error.value)
+
+
+def test_sources_of_different_tokenizers(data, tmp_path):
+    trained = train_tokenizer("bpe", iter(["some text"]), 257)
+    other = make_folder(tmp_path / "x", {"train": random_documents(9, 9)}, tokenizer=trained)
+    with pytest.raises(UserError, match="different tokenizers"):
+        PackedDataset([(data[0], 1.0), (open_data(other), 1.0)], "train", S, 0)
 
 
 def _prefetch_threads() -> list[threading.Thread]:

@@ -5,7 +5,10 @@ import struct
 import numpy as np
 import pytest
 
+from sparse_gpt.data import megatron
+from sparse_gpt.data.loader import common_vocabulary
 from sparse_gpt.data.shards import open_data
+from sparse_gpt.data.tokenizer import byte_tokenizer
 from sparse_gpt.errors import UserError
 from tests.data.fixtures import random_documents
 
@@ -96,6 +99,48 @@ def test_given_vocabulary(prefix):
     train = open_data(prefix, vocab_size=EOS).split("train")
     with pytest.raises(UserError, match="outside the vocabulary"):
         train.read(0, train.n_tokens)
+
+
+def test_given_tokenizer(prefix, tmp_path, monkeypatch):
+    monkeypatch.setattr(megatron, "_largest", None)  # no pass over the tokens
+    tokenizer = byte_tokenizer()
+    tokenizer.save(tmp_path / "tokenizer")
+    write_pair(prefix)
+    data = open_data(prefix, tokenizer=tmp_path / "tokenizer")
+    assert (data.vocab_size, data.eos_id) == (257, 256)
+    assert data.tokenizer_path == tmp_path / "tokenizer"
+    assert data.tokenizer_sha256 == tokenizer.sha256
+    padded = open_data(prefix, tokenizer=tmp_path / "tokenizer", vocab_size=320)
+    assert padded.vocab_size == 320
+    with pytest.raises(UserError, match="vocab_size 256 is smaller than the 257 tokens"):
+        open_data(prefix, tokenizer=tmp_path / "tokenizer", vocab_size=256)
+
+    write_pair(prefix, documents=[[1, 256], [2, 257, 256]])
+    for vocab_size in (None, 320):
+        data = open_data(prefix, tokenizer=tmp_path / "tokenizer", vocab_size=vocab_size)
+        assert data.split("train").read(0, 2).tolist() == [1, 256]
+        with pytest.raises(UserError, match="token 1 is 257, outside the vocabulary of 257"):
+            data.split("val").read(0, 3)
+
+
+def test_two_corpora_of_one_tokenizer(tmp_path):
+    byte_tokenizer().save(tmp_path / "tokenizer")
+    write_pair(tmp_path / "a", documents=[[1, 256], [2, 256]])
+    write_pair(tmp_path / "b", documents=[[9, 8], [7, 6]])  # no end tokens, smaller ids
+    guessed = [open_data(tmp_path / name) for name in "ab"]
+    with pytest.raises(UserError, match="different tokenizers"):
+        common_vocabulary(guessed)
+    said = [open_data(tmp_path / name, tokenizer=tmp_path / "tokenizer") for name in "ab"]
+    assert common_vocabulary(said) == (257, 256)
+    sized = [open_data(tmp_path / name, vocab_size=300) for name in "ab"]
+    assert common_vocabulary(sized)[0] == 300
+
+
+def test_a_tokenizer_without_its_file(prefix, tmp_path):
+    write_pair(prefix)
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match=f"tokenizer {path} is not a folder with a tokenizer"):
+            open_data(prefix, tokenizer=path)
 
 
 def test_mode_bytes_and_empty_documents(prefix):

@@ -1,6 +1,7 @@
 """Token files give back what was written; whatever does not fit together is refused by name."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -204,14 +205,44 @@ def test_verify_finds_one_flipped_bit(copy):
         verify(copy)
 
 
-def test_verify_checks_the_tokenizer(copy):
+def test_the_tokenizer_must_be_that_of_the_index(copy):
     path = copy / "tokenizer" / "tokenizer.json"
-    path.write_text(path.read_text().replace("<|endoftext|>", "<|endofbook|>"))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        other = copy / "tokenizer" / name
-        other.write_text(other.read_text().replace("<|endoftext|>", "<|endofbook|>"))
+    path.write_text(json.dumps(json.loads(path.read_text())))  # formatting only
+    open_data(copy)
+    content = path.read_text()
+    assert '"\\u0100"' in content
+    path.write_text(content.replace('"\\u0100"', '"\\u3042"'))
+    with pytest.raises(UserError, match=f"data path {copy}: the tokenizer .* not the one of the"):
+        open_data(copy)
+    path.unlink()
+    with pytest.raises(UserError, match=r"there is no tokenizer\.json in .*copy/tokenizer"):
+        open_data(copy)
+    shutil.rmtree(copy / "tokenizer")
+    with pytest.raises(UserError, match=f"data path {copy}: the tokenizer folder is missing"):
+        open_data(copy)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_another_end_token_is_another_tokenizer(copy, name):
+    (copy / "tokenizer" / "tokenizer_config.json").unlink()
+    path = copy / "tokenizer" / name
+    path.write_text(json.dumps({"eos_token": "a"}))
     with pytest.raises(UserError, match="not the one of the index"):
+        open_data(copy)
+
+
+def test_verify_compares_vocabulary_and_end_token(copy):
+    _edit(copy, lambda index: index.update(vocab_size=300))
+    open_data(copy)
+    with pytest.raises(UserError, match="vocab_size 300 and eos_id 256, its tokenizer has 257"):
         verify(copy)
+
+
+def test_settings_of_megatron_pairs_are_refused(folder):
+    with pytest.raises(UserError, match="which has its own vocab_size; drop vocab_size"):
+        open_data(folder, vocab_size=300)
+    with pytest.raises(UserError, match="which has its own tokenizer; drop tokenizer"):
+        open_data(folder, tokenizer=folder / "tokenizer")
 
 
 def test_ids_outside_the_vocabulary(copy):
