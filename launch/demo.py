@@ -68,8 +68,7 @@ def main() -> int:
     args = parser.parse_args()
     demo = Demo(args.folder, *choose_device(args.device))
     folder = demo.folder
-    if (ROOT / folder).exists():
-        shutil.rmtree(ROOT / folder)
+    claim(ROOT / folder)
     data, pretrained, exported = f"{folder}/data", f"{folder}/pretrain", f"{folder}/model"
     finetuned, text = f"{folder}/finetune", f"{folder}/held_out.txt"
 
@@ -101,6 +100,17 @@ def main() -> int:
     )
     summarise(demo)
     return 0
+
+
+def claim(folder: Path) -> None:
+    """Start with an empty folder; deletes only what an earlier demo made."""
+    marker = folder / ".made_by_demo"
+    if folder.exists() and any(folder.iterdir()):
+        if not marker.exists():
+            raise UserError(f"--folder {folder} holds something else; choose an empty one")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
 
 
 def choose_device(wanted: str) -> tuple[str, int]:

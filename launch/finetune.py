@@ -11,7 +11,7 @@ from sparse_gpt.errors import run_main
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("config", help="a YAML file, e.g. configs/finetune/wikitext103.yaml")
+    parser.add_argument("config", help="a YAML file, e.g. configs/finetune/wikitext103_dense.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. mode=sparse")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -22,7 +22,7 @@ Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 class Section(BaseModel):
     """A frozen section of the configuration."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -84,13 +84,22 @@ class DropFractionConfig(Section):
 class UpdateConfig(Section):
     """When the topology changes.
 
-    `stop`: a fraction of all steps (0-1] or a number of steps. `mode: follow` updates after the
-    optimizer step (the authors' GPT code); `replace`: instead of it (RigL as published).
+    `stop`: a fraction of all steps, 0 < stop <= 1.0, or a whole number of steps. `mode: follow`
+    updates after the optimizer step (the authors' GPT code); `replace`: instead of it (RigL as
+    published).
     """
 
     freq: Positive = 100
     stop: Annotated[float, Field(gt=0.0)] | Positive = 0.75
     mode: Literal["follow", "replace"] = "follow"
+
+    @model_validator(mode="after")
+    def _check(self) -> "UpdateConfig":
+        if isinstance(self.stop, float) and self.stop > 1.0:
+            raise ValueError(f"stop {self.stop}: a fraction is at most 1.0; steps are whole")
+        if isinstance(self.stop, int) and self.stop == 1:
+            raise ValueError("stop 1 is ambiguous: write 1.0 for the whole run, or 2 or more steps")
+        return self
 
 
 PARAM_FILTER = (
@@ -123,7 +132,10 @@ class DataSource(Section):
 
     path: Path
     weight: Annotated[float, Field(gt=0.0)] = 1.0
-    val_fraction: Fraction = 0.01  # Megatron files only: documents held out
+    # For Megatron files only, which say none of it:
+    val_fraction: Fraction = 0.01  # documents held out
+    vocab_size: Positive | None = None  # default: the largest id seen, plus one
+    tokenizer: Path | None = None  # folder of the tokenizer they were made with
 
 
 class OptimizerConfig(Section):
@@ -350,6 +362,6 @@ class RunConfig(Section):
     def update_stop(self, world_size: int) -> int:
         """First step without topology updates: ceil of a fraction of all steps, or as given."""
         stop = self.sparsity.update.stop
-        if isinstance(stop, float) and stop <= 1.0:
+        if isinstance(stop, float):
             return fraction_of_steps(stop, self.total_steps(world_size))
-        return int(stop)
+        return stop

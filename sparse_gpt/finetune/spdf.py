@@ -3,18 +3,18 @@
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from sparse_gpt.config import IFTConfig, ModelConfig, RunConfig, SparsityConfig, UpdateConfig
-from sparse_gpt.config_file import dump_yaml, read_tree, validate
-from sparse_gpt.data.shards import open_data
+from sparse_gpt.config_file import construct, dump_yaml, read_tree, validate
 from sparse_gpt.errors import UserError
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.hf import ImportedWeights
-from sparse_gpt.train.build import WeightSource
+from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.checkpoint_files import open_checkpoint, write_json
 from sparse_gpt.train.engine import init_ranks
 from sparse_gpt.train.loop import Evaluation, Trainer
@@ -39,7 +39,7 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     trainer = Trainer(run, source)
     logging.getLogger("sparse_gpt").setLevel(logging.INFO if trainer.rank == 0 else logging.ERROR)
     trainer.metrics.say(dump_yaml(config).rstrip())
-    state = trainer.fit()
+    state = replace(trainer.fit())  # loading the best checkpoint brings back its own state
     best = trainer.checkpointer.newest("best")
     if best is not None:
         trainer.load(best)
@@ -99,7 +99,7 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
             f"seq_len {seq_len} is longer than the {gpt.n_positions} positions of the checkpoint"
         )
     batch = config.global_batch_size or config.micro_batch_size * world_size
-    steps_per_epoch = math.ceil(_sequences(config, seq_len) / batch)
+    steps_per_epoch = max(1, math.ceil(_sequences(config, seq_len) / batch))
     steps = config.max_steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
     patterns = source.patterns() if config.mode == "sparse" else {}
     kept = [int(p.active.sum()) / p.active.numel() for p in patterns.values()]
@@ -112,7 +112,9 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
     evaluation = config.evaluation
     if evaluation.every is None:
         evaluation = evaluation.model_copy(update={"every": min(steps, steps_per_epoch)})
-    return RunConfig(
+    return construct(
+        RunConfig,
+        "fine-tuning",
         name=config.name,
         output_dir=config.output_dir,
         seed=config.seed,
@@ -148,8 +150,7 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
 def _sequences(config: FinetuneConfig, seq_len: int) -> int:
     """Sequences in one pass over the training data."""
     return sum(
-        (open_data(s.path, val_fraction=s.val_fraction).split("train").n_tokens - 1) // seq_len
-        for s in config.data
+        (data.split("train").n_tokens - 1) // seq_len for data, _ in open_sources(config.data)
     )
 
 

@@ -1,5 +1,6 @@
 """Read a Hugging Face GPT-2 folder: safetensors and JSON, nothing that runs code."""
 
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.layout import INDEX_FILE, WEIGHTS_FILE, Entry, layout
 from sparse_gpt.model.gpt import ACTIVATIONS, GPTConfig
@@ -106,6 +108,23 @@ class ImportedWeights:
             part = slice(None)
         tensor = self._stored[entry.name].read(part)
         return (tensor.t() if entry.transposed else tensor).contiguous().float()
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of the training tokenizer, for folders that we exported; None for others'."""
+        if not (self.path / "sparse_gpt.json").is_file():
+            return None
+        has_tokenizer = (self.path / "tokenizer.json").is_file()
+        return load_tokenizer(self.path).sha256 if has_tokenizer else None
+
+    @property
+    def identity(self) -> str:
+        """A digest of the config and of the weights' names, shapes, types and file sizes."""
+        digest = hashlib.sha256((self.path / "config.json").read_bytes())
+        for name, stored in sorted(self._stored.items()):
+            size = stored.file.stat().st_size
+            digest.update(f"{name} {stored.shape} {stored.dtype} {size}\n".encode())
+        return digest.hexdigest()
 
     def patterns(self) -> dict[str, Pattern]:
         """No topology: a GPT-2 folder holds a dense model."""

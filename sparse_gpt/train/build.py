@@ -7,8 +7,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sparse_gpt.config import RunConfig
+from sparse_gpt.config import DataSource, RunConfig
+from sparse_gpt.data.shards import TokenData, open_data
 from sparse_gpt.errors import UserError
+from sparse_gpt.model.flops import fraction_of_steps
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import Pattern, resolve_kernel
@@ -27,6 +29,16 @@ class WeightSource(Protocol):
         """The model the weights are of."""
         ...
 
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of the tokenizer the weights were trained with; None where that is not known."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """A digest that tells these weights from others."""
+        ...
+
     def parameter(self, name: str) -> Tensor:
         """A whole parameter, fp32."""
         ...
@@ -36,14 +48,25 @@ class WeightSource(Protocol):
         ...
 
 
-def check_source(wanted: GPTConfig, given: GPTConfig) -> None:
-    """Refuse to start a model from weights of another architecture; names what differs."""
+def check_source(
+    wanted: GPTConfig, given: GPTConfig, data_tokenizer: str | None, tokenizer: str | None
+) -> None:
+    """Refuse to start from weights of another architecture or tokenizer; names what differs."""
+    if data_tokenizer and tokenizer and data_tokenizer != tokenizer:
+        raise UserError(
+            "data: tokenised by another tokenizer than the one the weights were trained with "
+            f"(sha256 {data_tokenizer[:12]} and {tokenizer[:12]}); prepare the data with "
+            "--tokenizer <run folder>/tokenizer"
+        )
     if given.vocab_size != wanted.vocab_size:
         raise UserError(
             f"data: a vocabulary of {wanted.vocab_size}, but the weights to start from have "
             f"{given.vocab_size}; prepare the data with their tokenizer"
         )
-    keys = ("n_layer", "n_head", "d_model", "d_ff", "n_positions", "activation")
+    keys = (
+        *("n_layer", "n_head", "d_model", "d_ff", "n_positions"),
+        *("activation", "layer_norm_epsilon"),
+    )
     differing = [
         f"model.{key}: {getattr(wanted, key)!r} (the weights: {getattr(given, key)!r})"
         for key in keys
@@ -51,6 +74,33 @@ def check_source(wanted: GPTConfig, given: GPTConfig) -> None:
     ]
     if differing:
         raise UserError(f"the weights to start from are of another model: {'; '.join(differing)}")
+
+
+def check_schedules(config: RunConfig, total_steps: int, warmup_steps: int) -> None:
+    """Refuse a warmup and decay that do not fit into the run."""
+    schedule, decay = config.schedule, 0
+    if schedule.type == "wsd":
+        decay = fraction_of_steps(schedule.decay_fraction, total_steps)
+    if warmup_steps + decay > total_steps:
+        raise UserError(
+            f"schedule: {warmup_steps} warmup steps and {decay} decay steps are more than the "
+            f"{total_steps} steps of the run; shorten them, or raise max_steps or max_tokens"
+        )
+
+
+def open_sources(sources: tuple[DataSource, ...]) -> list[tuple[TokenData, float]]:
+    """Every data source with its weight."""
+    return [
+        (
+            open_data(
+                source.path,
+                val_fraction=source.val_fraction,
+                vocab_size=source.vocab_size,
+            ),
+            source.weight,
+        )
+        for source in sources
+    ]
 
 
 def structure_of(config: RunConfig) -> BlockStructure:

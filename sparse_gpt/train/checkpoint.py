@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.train import checkpoint_files as files
+from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.manifest import write_manifest
 from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
 
@@ -30,7 +32,7 @@ class Checkpointer:
         gpt_config: GPTConfig,
         identity: dict[str, Any],
     ) -> None:
-        """`identity`: what a resumed run must share (config, data); see `loop.identity_of`."""
+        """`identity`: what a resumed run must share; see `Trainer` and `drift.check_drift`."""
         self.folder, self.keep_last = folder, keep_last
         self.shards, self.controller = shards, controller
         self.gpt_config, self.identity = gpt_config, identity
@@ -61,28 +63,29 @@ class Checkpointer:
         self._on_first(lambda: self._publish(temporary, final, step, state, entries))
         return final
 
-    def _on_first(self, action: Any) -> None:
-        """Run on rank 0; what it raises is raised on every rank."""
-        outcome: list[Any] = [""]
-        if self.rank == 0:
-            try:
-                action()
-            except (OSError, UserError) as problem:
-                outcome[0] = str(problem)
-        dist.broadcast_object_list(outcome)
-        if outcome[0]:
-            raise UserError(f"checkpoint folder {self.folder}: {outcome[0]}")
+    def _on_first(self, action: Callable[[], None]) -> None:
+        on_first_rank(action, f"checkpoint folder {self.folder}")
+
+    def check_space(self, best: bool) -> None:
+        """Before a run: room for the checkpoints it will keep, one in the making included."""
+        there = len(files.list_steps(self.folder)) + len(files.list_steps(self.folder, "best"))
+        copies = max(1, self.keep_last + 1 + 2 * best - there)
+        self._on_first(lambda: self._check_free(copies))
+
+    def _check_free(self, copies: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed, free = copies * self.bytes_needed(), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise UserError(
+                f"{copies} more checkpoints need {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+                "free; make room, lower checkpoint.keep_last or move output_dir"
+            )
 
     def _prepare(self, temporary: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob("*.tmp"):  # of a save that was killed
             shutil.rmtree(leftover)
-        needed, free = self.bytes_needed(), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise UserError(
-                f"a checkpoint needs {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; make "
-                "room, lower checkpoint.keep_last or move output_dir"
-            )
+        self._check_free(1)
         temporary.mkdir()
 
     def bytes_needed(self) -> int:
@@ -119,7 +122,6 @@ class Checkpointer:
     def _publish(
         self, temporary: Path, final: Path, step: int, state: dict[str, Any], entries: dict
     ) -> None:
-        patterns = self.controller.patterns()
         manifest = {
             "format": files.FORMAT,
             "step": step,
@@ -128,14 +130,7 @@ class Checkpointer:
             "world_size": self.world_size,
             "gpt_config": dataclasses.asdict(self.gpt_config),
             "parameters": {name: self.shards.shape(name) for name in self.shards.parameters},
-            "layers": {
-                name: {
-                    "grid": list(pattern.active.shape),
-                    "block": list(pattern.block),
-                    "active": int(pattern.active.sum()),
-                }
-                for name, pattern in patterns.items()
-            },
+            "layers": _layer_entries(self.controller),
             "topology_sha256": self.controller.digest(),
             "files": entries,
             **self.identity,
@@ -148,18 +143,25 @@ class Checkpointer:
         for leftover in self.folder.glob("*.old.tmp"):
             shutil.rmtree(leftover)
         tag = final.name.split("-")[0]
-        keep = self.keep_last if tag == "step" else 1
-        for old_step in files.list_steps(self.folder, tag)[:-keep]:
-            shutil.rmtree(self.folder / files.step_folder(old_step, tag))
+        others = [
+            self.folder / files.step_folder(other, tag)
+            for other in files.list_steps(self.folder, tag)
+        ]
+        # A tag names one checkpoint, the one saved last; steps stay for keep_last of them.
+        stale = others[: -self.keep_last] if tag == "step" else others
+        for folder in stale:
+            if folder != final:
+                shutil.rmtree(folder)
 
     def newest(self, tag: str = "step") -> Path | None:
         """The newest published checkpoint (of a tag), as rank 0 sees it. A collective."""
-        found: list[Any] = [None]
-        if self.rank == 0:
+
+        def find() -> str | None:
             steps = files.list_steps(self.folder, tag)
-            found[0] = str(self.folder / files.step_folder(steps[-1], tag)) if steps else None
-        dist.broadcast_object_list(found)
-        return Path(found[0]) if found[0] else None
+            return str(self.folder / files.step_folder(steps[-1], tag)) if steps else None
+
+        found = on_first_rank(find, f"checkpoint folder {self.folder}")
+        return Path(found) if found else None
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restore weights, moments, topology and generators; returns the saved manifest.
@@ -173,6 +175,7 @@ class Checkpointer:
             raise UserError(f"checkpoint {path} is of another model: its parameters differ")
         if reader.manifest.get("optimizer_steps") is None:
             raise UserError(f"checkpoint {path} has weights alone: no run can go on from it")
+        self._check_layers(path, reader.manifest["layers"])
         self.controller.load_patterns(reader.patterns())
         if self.controller.digest() != reader.manifest["topology_sha256"]:
             raise UserError(f"broken checkpoint {path}: the topology's sha256 is wrong")
@@ -185,6 +188,19 @@ class Checkpointer:
         if reader.manifest.get("world_size") == self.world_size:
             _set_rng_state(reader.rng(self.rank))
         return reader.manifest
+
+    def _check_layers(self, path: Path, saved: dict[str, Any]) -> None:
+        """Refuse a topology of other layers, blocks or counts than this run's."""
+        mine = _layer_entries(self.controller)
+        differing = [
+            name for name in sorted(saved.keys() | mine.keys()) if saved.get(name) != mine.get(name)
+        ]
+        if differing:
+            raise UserError(
+                f"checkpoint {path} has another sparsity in {len(differing)} layers "
+                f"({differing[0]}: {saved.get(differing[0])}, this run {mine.get(differing[0])}); "
+                "keep sparsity.sparsity, sparsity.structure and sparsity.param_filter as they were"
+            )
 
     def _open_verified(self, path: Path) -> files.CheckpointReader:
         """Open a checkpoint; the ranks share the work of checking its digests."""
@@ -205,6 +221,17 @@ class Checkpointer:
             )
         assert reader is not None
         return reader
+
+
+def _layer_entries(controller: TopologyController) -> dict[str, dict[str, Any]]:
+    return {
+        name: {
+            "grid": list(pattern.active.shape),
+            "block": list(pattern.block),
+            "active": int(pattern.active.sum()),
+        }
+        for name, pattern in controller.patterns().items()
+    }
 
 
 def _rng_state() -> dict[str, np.ndarray]:

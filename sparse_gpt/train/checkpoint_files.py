@@ -67,17 +67,20 @@ def list_steps(folder: Path, tag: str = "step") -> list[int]:
 
 
 def open_checkpoint(path: Path | str, verify: bool = True) -> "CheckpointReader":
-    """Open a step folder, a folder of steps, or a run folder (the newest step then).
+    """Open one checkpoint's folder, or a run folder.
 
-    With `verify`, every file is checked against its digest. Raises `UserError` naming what is
-    missing or damaged.
+    Of a run: the best checkpoint where it kept one (early stopping), else the newest. With
+    `verify`, every file is checked against its digest. Raises `UserError` naming what is missing
+    or damaged.
     """
     path = Path(path)
-    for folder in (path / "checkpoints", path):
-        steps = list_steps(folder)
-        if steps:
-            path = folder / step_folder(steps[-1])
-            break
+    found = [
+        folder / step_folder(steps[-1], tag)
+        for folder in (path / "checkpoints", path)
+        for tag in ("best", "step")
+        if (steps := list_steps(folder, tag))
+    ]
+    path = found[0] if found else path
     reader = CheckpointReader(path)
     if verify:
         reader.verify(reader.files)
@@ -131,6 +134,16 @@ class CheckpointReader:
         """The tokenizer folder of the run, beside its checkpoints; None where it has none."""
         folder = self.path.parent.parent / "tokenizer"
         return folder if folder.is_dir() else None
+
+    @property
+    def tokenizer_sha256(self) -> str | None:
+        """Of the tokenizer the weights were trained with; None where the data named none."""
+        return self.manifest.get("tokenizer_sha256")
+
+    @property
+    def identity(self) -> str:
+        """A digest that tells these weights from others."""
+        return self.manifest["sha256"]
 
     @property
     def eos_id(self) -> int | None:

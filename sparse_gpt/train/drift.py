@@ -36,10 +36,18 @@ def check_drift(path: Path, identity: dict[str, Any], allowed: tuple[str, ...]) 
         saved = read_manifest(path)
         before, now = _flatten(saved["config"]), _flatten(identity["config"])
         data, batch = saved["data"], saved["global_batch_size"]
+        before["precision"], before["source"] = saved["precision"], saved["source"]
     except KeyError as error:
         raise UserError(f"broken checkpoint {path}: manifest.json: {error!r}") from None
-    for flat, size in ((before, batch), (now, identity["global_batch_size"])):
-        flat["global_batch_size"] = size  # as resolved for the number of ranks
+    now["precision"], now["source"] = identity["precision"], identity["source"]  # as resolved
+    for flat in (before, now):
+        flat.pop("global_batch_size", None)  # compared as resolved for the number of ranks
+    if batch != identity["global_batch_size"]:
+        raise UserError(
+            f"the checkpoint {path} was made with a global batch of {batch} sequences, this run "
+            f"has {identity['global_batch_size']}; every schedule counts steps of that batch: set "
+            f"global_batch_size={batch}, or start anew in another output_dir"
+        )
     changed = {
         key: (before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())

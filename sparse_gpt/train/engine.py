@@ -1,4 +1,4 @@
-"""From a configuration to a running DeepSpeed engine. One of two places that import deepspeed."""
+"""From a configuration to a running DeepSpeed engine: the one place that imports deepspeed."""
 
 import logging
 import os
@@ -66,7 +66,9 @@ def resolve_precision(config: RunConfig, device: torch.device) -> str:
     return "bf16" if native else "fp32"
 
 
-def deepspeed_config(config: RunConfig, precision: str, world_size: int) -> dict[str, Any]:
+def deepspeed_config(
+    config: RunConfig, precision: str, world_size: int, device: torch.device
+) -> dict[str, Any]:
     """The DeepSpeed configuration. Clipping and schedules are ours, so neither appears in it."""
     d = config.deepspeed
     zero: dict[str, Any] = {
@@ -74,7 +76,7 @@ def deepspeed_config(config: RunConfig, precision: str, world_size: int) -> dict
         "reduce_bucket_size": d.reduce_bucket_size,
         "allgather_bucket_size": d.allgather_bucket_size,
         # On CPUs there is no second stream to overlap with.
-        "overlap_comm": d.overlap_comm and torch.cuda.is_available(),
+        "overlap_comm": d.overlap_comm and device.type == "cuda",
     }
     if d.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from torch import Tensor
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import dump_yaml
-from sparse_gpt.data.loader import Batch, PackedDataset, TrainLoader
+from sparse_gpt.data.loader import Batch, PackedDataset, TrainLoader, common_vocabulary
 from sparse_gpt.data.order import derive_key
-from sparse_gpt.data.shards import TokenData, open_data
+from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
-from sparse_gpt.model.flops import FlopsLedger, linear_shapes, mfu, peak_flops
+from sparse_gpt.model.flops import FlopsLedger, linear_shapes
 from sparse_gpt.topology.controller import TopologyController, UpdateReport
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build
@@ -31,10 +30,12 @@ from sparse_gpt.train.engine import (
     start_engine,
 )
 from sparse_gpt.train.evaluate import Evaluation, evaluate, to_device
+from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import StepHealth, clip_gradients, inspect_step
 from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.provenance import write_provenance
+from sparse_gpt.train.throughput import Throughput
 
 
 @dataclass
@@ -62,17 +63,31 @@ class Trainer:
         self.total_steps = config.total_steps(self.world_size)
         self.warmup_steps = config.warmup_steps(self.world_size)
         self.run_dir = config.run_dir
-        self.data = [
-            (open_data(s.path, val_fraction=s.val_fraction), s.weight) for s in config.data
-        ]
-        self.vocab_size, self.eos_id = _common_vocabulary([data for data, _ in self.data])
+        on_first_rank(self._claim_run_dir, "output_dir")
+        self.data = build.open_sources(config.data)
+        self.vocab_size, self.eos_id = common_vocabulary([data for data, _ in self.data])
         self.gpt_config = config.gpt_config(self.vocab_size)
         self.train_data = self._dataset("train")
+        build.check_schedules(config, self.total_steps, self.warmup_steps)
+        self.has_validation = all("val" in data.splits for data, _ in self.data)
+        if self.has_validation:
+            self._dataset("val")  # too short a split must not show at the first validation
+        elif config.evaluation.every or config.evaluation.patience:
+            raise UserError(
+                "evaluation: every or patience is set, but a data source has no val split; "
+                "prepare it with --val-fraction, or leave both out"
+            )
         self.state = TrainState()
         self.metrics = Metrics(
             self.run_dir, config.logging, config.name, self.total_steps, self.rank == 0
         )
         self._start(source)
+
+    def _claim_run_dir(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        probe = self.run_dir / ".probe"
+        probe.touch()
+        probe.unlink()
 
     def _dataset(self, split: str) -> PackedDataset:
         c = self.config
@@ -82,9 +97,14 @@ class Trainer:
         """Model, topology, engine: in this order, so that the masters start masked."""
         config = self.config
         if source is not None:
-            build.check_source(self.gpt_config, source.gpt_config)
+            build.check_source(
+                self.gpt_config,
+                source.gpt_config,
+                self.data[0][0].tokenizer_sha256,
+                source.tokenizer_sha256,
+            )
         patterns = build.initial_patterns(config, linear_shapes(config.dims), source)
-        ds_config = deepspeed_config(config, self.precision, self.world_size)
+        ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
         model = build_model(
             config, self.gpt_config, ds_config, build.initialiser(config, patterns, source)
         )
@@ -118,6 +138,9 @@ class Trainer:
                 "data": [data.identity for data, _ in self.data],
                 "global_batch_size": config.batch(self.world_size),
                 "eos_id": self.eos_id,
+                "tokenizer_sha256": self.data[0][0].tokenizer_sha256,
+                "precision": self.precision,
+                "source": source.identity if source is not None else None,
             },
         )
 
@@ -125,10 +148,8 @@ class Trainer:
         """Train to the end, or to `stop_at`; resumes first, saves last. Returns the final state."""
         config, state = self.config, self.state
         self._resume()
-        if self.rank == 0:
-            write_provenance(self.run_dir, dump_yaml(config))
-            self._copy_tokenizer()
-        self.metrics.start(state.step)
+        self.checkpointer.check_space(best=config.evaluation.patience is not None)
+        on_first_rank(self._open_run_dir, "output_dir")
         try:
             if state.step >= self.total_steps or state.finished:
                 self.metrics.say(f"nothing to do: the run ended at step {state.step}")
@@ -149,8 +170,16 @@ class Trainer:
             config.accumulation(self.world_size),
         )
         batches = loader.batches(state.samples)
-        nonfinite, window_start, window_tokens = 0, time.perf_counter(), 0
-        saved = -1
+        self.throughput = Throughput(
+            self.ledger,
+            config.seq_len,
+            self.device,
+            self.precision,
+            self.world_size,
+            config.peak_tflops,
+        )
+        nonfinite = 0
+        saved = state.step
         try:
             for step in range(state.step + 1, last_step + 1):
                 lr = self._set_lr(step)
@@ -163,26 +192,22 @@ class Trainer:
                         f"{step}, loss {health.loss}); the weights are those of step "
                         f"{step - nonfinite}. Lower optimizer.lr, or look at the data there"
                     )
-                window_tokens += config.batch(self.world_size) * config.seq_len
+                self.throughput.add(config.batch(self.world_size) * config.seq_len)
                 if update is not None:
                     self._log_update(step, update)
                 if step % config.logging.every == 0 or step == last_step or not health.finite:
-                    elapsed = time.perf_counter() - window_start
-                    self._log_step(step, health, lr, window_tokens / max(elapsed, 1e-9))
-                    window_start, window_tokens = time.perf_counter(), 0
+                    self._log_step(step, health, lr)
                 self.metrics.advance(step)
-                if self._validation_due(step, last_step):
-                    before = time.perf_counter()
-                    self._validate(step)
-                    window_start += time.perf_counter() - before
+                if self._validation_due(step):
+                    with self.throughput.paused():
+                        self._validate(step)
                 if state.finished:
                     break
                 every = config.checkpoint.every
                 if every and step % every == 0:
-                    before = time.perf_counter()
-                    self.save()
+                    with self.throughput.paused():
+                        self.save()
                     saved = step
-                    window_start += time.perf_counter() - before
         finally:
             batches.close()
         if saved != state.step:
@@ -250,11 +275,12 @@ class Trainer:
         dataset = self._dataset(split)
         return evaluate(self.engine, dataset, self.config.micro_batch_size, sequences)
 
-    def _validation_due(self, step: int, last_step: int) -> bool:
-        if not all("val" in data.splits for data, _ in self.data):
-            return False
+    def _validation_due(self, step: int) -> bool:
+        # Never because of stop_at: a run that stops and goes on validates when any other does.
         every = self.config.evaluation.every
-        return step == last_step or bool(every and step % every == 0)
+        return self.has_validation and (
+            step == self.total_steps or bool(every and step % every == 0)
+        )
 
     def _validate(self, step: int) -> None:
         """Validation loss; with `patience`, keeps the best checkpoint and stops early."""
@@ -292,8 +318,10 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Restore everything from one checkpoint. A collective."""
-        manifest = self.checkpointer.load(path)
-        for key, value in manifest["state"].items():
+        saved = self.checkpointer.load(path)["state"]
+        if saved.keys() != asdict(self.state).keys():
+            raise UserError(f"broken checkpoint {path}: its state holds {sorted(saved)}")
+        for key, value in saved.items():
             setattr(self.state, key, value)
 
     def _resume(self) -> None:
@@ -314,33 +342,18 @@ class Trainer:
         self.load(newest)
         self.metrics.say(f"resumed    step {self.state.step}  {newest}")
 
-    def _log_step(self, step: int, health: StepHealth, lr: float, tokens_per_second: float) -> None:
-        c, state = self.config, self.state
-        peak = c.peak_tflops * 1e12 if c.peak_tflops else self._device_peak()
-        total_peak = peak * self.world_size if peak else None
-        active = self.ledger.active.total / c.seq_len
-        dense = self.ledger.dense.total / c.seq_len
-        self.metrics.log(
-            "train",
-            step,
-            {
-                "loss": health.loss,
-                "lr": lr,
-                "grad_norm": health.grad_norm,
-                "tokens": state.tokens,
-                "tokens_per_second": tokens_per_second,
-                "flops_spent": state.flops_spent,
-                "mfu_active": mfu(active, tokens_per_second, total_peak),
-                "mfu_dense": mfu(dense, tokens_per_second, total_peak),
-                "sparsity": self.sparsity,
-                "skipped_steps": state.skipped_steps,
-            },
-        )
-
-    def _device_peak(self) -> float | None:
-        if self.device.type != "cuda":
-            return None
-        return peak_flops(torch.cuda.get_device_name(self.device), self.precision)
+    def _log_step(self, step: int, health: StepHealth, lr: float) -> None:
+        values = {
+            "loss": health.loss,
+            "lr": lr,
+            "grad_norm": health.grad_norm,
+            "tokens": self.state.tokens,
+            **self.throughput.read(),
+            "flops_spent": self.state.flops_spent,
+            "sparsity": self.sparsity,
+            "skipped_steps": self.state.skipped_steps,
+        }
+        self.metrics.log("train", step, values)
 
     def _log_update(self, step: int, update: UpdateReport) -> None:
         self.sparsity = _sparsity(*self.controller.counts())
@@ -353,32 +366,19 @@ class Trainer:
         }
         self.metrics.log("topology", step, values)
 
-    def _copy_tokenizer(self) -> None:
-        """The tokenizer travels with the run, so that an export needs nothing else."""
-        source = self.data[0][0].tokenizer_path
-        target = self.run_dir / "tokenizer"
-        if source is not None and not target.exists():
-            temporary = target.with_name("tokenizer.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            shutil.copytree(source, temporary)
-            temporary.rename(target)
+    def _open_run_dir(self) -> None:
+        """Rank 0: provenance, the log, and the tokenizer, so that an export needs nothing else."""
+        write_provenance(self.run_dir, dump_yaml(self.config))
+        self.metrics.start(self.state.step)
+        source, target = self.data[0][0].tokenizer_path, self.run_dir / "tokenizer"
+        if source is not None and (self.state.step == 0 or not target.exists()):
+            shutil.rmtree(target, ignore_errors=True)
+            copy_tokenizer(source, target)
 
     def close(self) -> None:
         """Free the engine; the process group stays, for the next Trainer or the exit."""
         self.metrics.close()
         self.engine.destroy()
-
-
-def _common_vocabulary(sources: list[TokenData]) -> tuple[int, int]:
-    """The one vocabulary of all sources; refuses tokenizers that differ."""
-    first = sources[0]
-    for other in sources[1:]:
-        if (other.vocab_size, other.tokenizer_sha256) != (first.vocab_size, first.tokenizer_sha256):
-            raise UserError(
-                "data: the sources were tokenised by different tokenizers (vocabularies of "
-                f"{first.vocab_size} and {other.vocab_size}); prepare them with one"
-            )
-    return first.vocab_size, first.eos_id
 
 
 def _sparsity(active: int, total: int) -> float:

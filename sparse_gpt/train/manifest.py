@@ -57,6 +57,9 @@ class Manifest(_Strict):
     world_size: Count | None = None
     global_batch_size: Count | None = None
     data: list[Any] | None = None
+    precision: str | None = None
+    source: str | None = None  # identity of the weights the run started from
+    tokenizer_sha256: str | None = None
     sha256: str | None = None  # absent in checkpoints older than this check
 
 

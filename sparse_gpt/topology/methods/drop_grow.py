@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sparse_gpt.topology.methods.base import Method
+
 
 def drop_and_grow(active: Tensor, magnitude: Tensor, growth: Tensor, count: int) -> Tensor:
     """Drop the `count` smallest active units, then grow the `count` best inactive ones.
@@ -30,3 +32,10 @@ def drop_and_grow(active: Tensor, magnitude: Tensor, growth: Tensor, count: int)
     order = torch.sort(growth[free], descending=True, stable=True).indices
     result[free[order[:count]]] = True
     return result.view(shape)
+
+
+class DropAndGrow(Method):
+    """SET and RigL: weights outside the mask, and their moments, are exactly zero."""
+
+    def update(self, active: Tensor, magnitude: Tensor, growth: Tensor, count: int) -> Tensor:
+        return drop_and_grow(active, magnitude, growth, count)
