@@ -27,17 +27,23 @@ def main() -> int:
             raise UserError(f"{flag}: {value} is not a positive number")
 
     from sparse_gpt.config_file import load_config
+    from sparse_gpt.data.megatron import is_megatron
     from sparse_gpt.data.shards import open_data
     from sparse_gpt.plan import plan, render
 
     config = load_config(args.config, args.overrides)
-    vocab_size = args.vocab_size
-    if vocab_size is None and config.data[0].path.exists():
-        vocab_size = open_data(config.data[0].path).vocab_size
+    vocab_size, source = args.vocab_size, config.data[0]
+    if vocab_size is None and (source.path.exists() or is_megatron(source.path)):
+        vocab_size = open_data(
+            source.path,
+            val_fraction=source.val_fraction,
+            vocab_size=source.vocab_size,
+            tokenizer=source.tokenizer,
+        ).vocab_size
     elif vocab_size is None:
         vocab_size = GPT2_VOCABULARY
         print(
-            f"note: there is no data at {config.data[0].path} yet, so the vocabulary is GPT-2's "
+            f"note: there is no data at {source.path} yet, so the vocabulary is GPT-2's "
             f"{vocab_size}; --vocab-size gives another",
             file=sys.stderr,
         )

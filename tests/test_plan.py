@@ -15,6 +15,7 @@ from sparse_gpt.model.gpt import GPT
 from sparse_gpt.model.presets import preset
 from sparse_gpt.plan import parameter_count, plan, render
 from sparse_gpt.topology.schedule import UpdateSchedule
+from tests.data.test_megatron import write_pair
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCAB = 50257
@@ -182,6 +183,26 @@ def test_the_command(tmp_path):
     assert "no data at nowhere yet" in done.stderr
     assert set(tree["memory"]) == {"1", "2", "3"}
     assert tree["memory"]["1"]["total"] > tree["memory"]["3"]["total"]
+
+
+def test_the_vocabulary_is_that_of_the_data(tmp_path):
+    """Of a Megatron pair too, though nothing has the name of its prefix."""
+    write_pair(tmp_path / "pair", documents=[[1, 256], [2, 256]])
+    (tmp_path / "run.yaml").write_text(
+        f"data: [{{path: {tmp_path}/pair}}]\nseq_len: 64\nmax_steps: 1\n"
+        "model: {preset: gpt3-small}\n"
+    )
+    command = [str(tmp_path / "run.yaml"), "--json"]
+    for overrides, expected in (
+        ([], 257),
+        ([f"data=[{{path: {tmp_path}/pair, vocab_size: 300}}]"], 300),
+    ):
+        done = run(*command, *overrides)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout)["model"]["vocab_size"] == expected
+    (tmp_path / "empty").mkdir()
+    done = run(*command, f"data=[{{path: {tmp_path}/empty}}]")
+    assert done.returncode == 2 and "has no index.json" in done.stderr
 
 
 def test_a_bad_flag_is_one_line(tmp_path):
