@@ -1,0 +1,87 @@
+"""The log of a run: one clean curve, whatever was killed; rank 0 alone."""
+
+import json
+import sys
+
+import pytest
+
+from sparse_gpt.config import LoggingConfig
+from sparse_gpt.errors import UserError
+from sparse_gpt.train.metrics import Metrics
+
+
+def metrics(folder, active=True, **config):
+    return Metrics(folder, LoggingConfig(**config), "name", 10, active)
+
+
+def write(folder, steps, start=0):
+    log = metrics(folder)
+    log.start(start)
+    for step in steps:
+        log.log("train", step, {"loss": step / 4, "mfu_active": None})
+    log.close()
+    log.close()  # twice is harmless
+
+
+def steps_in(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_later_lines_of_an_ended_session_are_dropped(tmp_path):
+    write(tmp_path, range(1, 8))
+    write(tmp_path, range(5, 7), start=4)
+    assert steps_in(tmp_path) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_half_written_line_is_dropped(tmp_path):
+    write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-9])
+    write(tmp_path, [3], start=2)
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert not path.with_suffix(".tmp").exists()
+
+
+def test_starting_anew_empties_the_log(tmp_path):
+    write(tmp_path, range(1, 4))
+    write(tmp_path, [1], start=0)
+    assert steps_in(tmp_path) == [1]
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path):
+    log = metrics(tmp_path)
+    log.start(0)
+    log.log("train", 1, {"loss": float("nan"), "grad_norm": float("inf"), "lr": 1e-3})
+    log.close()
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    record = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert record == {"kind": "train", "step": 1, "loss": "nan", "grad_norm": "inf", "lr": 1e-3}
+
+
+def test_other_ranks_write_nothing(tmp_path, capsys):
+    log = metrics(tmp_path, active=False)
+    log.start(0)
+    log.say("hello")
+    log.advance(1)
+    log.log("train", 1, {"loss": 1.0})
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
+    write(tmp_path, [3])
+    assert capsys.readouterr().out.splitlines() == ["train      step 3/10  loss 0.7500"]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    log = metrics(tmp_path, wandb=True)
+    with pytest.raises(UserError, match=r"logging\.wandb.*pip install"):
+        log.start(0)
+    log.close()
