@@ -96,6 +96,7 @@ def open_sources(sources: tuple[DataSource, ...]) -> list[tuple[TokenData, float
                 source.path,
                 val_fraction=source.val_fraction,
                 vocab_size=source.vocab_size,
+                tokenizer=source.tokenizer,
             ),
             source.weight,
         )
