@@ -1,0 +1,107 @@
+"""Runs side by side: validation curves over tokens and over FLOPs, and the FLOPs ledger."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_gpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class RunCurve:
+    """What one run's `metrics.jsonl` says; losses in nats a token."""
+
+    name: str
+    tokens: list[int]
+    flops: list[int]
+    losses: list[float]
+    sparsity: float
+    updates: int
+
+    def row(self, baseline: "RunCurve") -> dict[str, Any]:
+        """The table's row; `flops_ratio` and `loss_difference` are against the first run."""
+        return {
+            "run": self.name,
+            "sparsity": self.sparsity,
+            "tokens": self.tokens[-1],
+            "flops": self.flops[-1],
+            "flops_ratio": self.flops[-1] / baseline.flops[-1],
+            "topology_updates": self.updates,
+            "validation_loss": self.losses[-1],
+            "loss_difference": self.losses[-1] - baseline.losses[-1],
+            "curve": [list(point) for point in zip(self.tokens, self.flops, self.losses)],
+        }
+
+
+def read_run(folder: Path) -> RunCurve:
+    """Read a run folder. Raises `UserError` where it holds no validation yet."""
+    path = folder / "metrics.jsonl"
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        points = [record for record in records if record["kind"] == "validation"]
+        trained = [record for record in records if record["kind"] == "train"]
+        if not points or not trained:
+            raise UserError(f"{path}: no validation in it yet")
+        return RunCurve(
+            name=folder.name,
+            tokens=[point["tokens"] for point in points],
+            flops=[point["flops_spent"] for point in points],
+            losses=[float(point["loss"]) for point in points],
+            sparsity=trained[-1]["sparsity"],
+            updates=sum(record["kind"] == "topology" for record in records),
+        )
+    except FileNotFoundError:
+        raise UserError(f"{folder} is no run folder: it has no metrics.jsonl") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a log of a run ({error!r})") from None
+
+
+def compare(folders: list[Path], out: Path) -> str:
+    """Write `comparison.json`, `comparison.md` and `comparison.png`; returns the table.
+
+    The first run is the baseline.
+    """
+    runs = [read_run(folder) for folder in folders]
+    rows = [run.row(runs[0]) for run in runs]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "comparison.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    table = markdown(rows)
+    (out / "comparison.md").write_text(table, encoding="utf-8")
+    plot(runs, out / "comparison.png")
+    return table
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The ledger as a table: one seed a row, no significance is claimed."""
+    lines = [
+        "| run | sparsity | tokens | FLOPs | FLOPs ratio | topology updates | validation loss | "
+        "difference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['run']} | {row['sparsity']:.2%} | {row['tokens']:,} | {row['flops']:.4e} | "
+        f"{row['flops_ratio']:.3f} | {row['topology_updates']} | {row['validation_loss']:.4f} | "
+        f"{row['loss_difference']:+.4f} |"
+        for row in rows
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(runs: list[RunCurve], path: Path) -> None:
+    """Validation loss over tokens and over FLOPs spent, one line a run."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for run in runs:
+        left.plot([count / 1e6 for count in run.tokens], run.losses, marker="o", label=run.name)
+        right.plot(run.flops, run.losses, marker="o", label=run.name)
+    left.set(xlabel="tokens (millions)", ylabel="validation loss (nats a token)")
+    right.set(xlabel="FLOPs spent (active products, whole model)")
+    left.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
