@@ -372,8 +372,11 @@ class Trainer:
         self.metrics.start(self.state.step)
         source, target = self.data[0][0].tokenizer_path, self.run_dir / "tokenizer"
         if source is not None and (self.state.step == 0 or not target.exists()):
+            temporary = target.with_name("tokenizer.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            copy_tokenizer(source, temporary)
             shutil.rmtree(target, ignore_errors=True)
-            copy_tokenizer(source, target)
+            temporary.rename(target)
 
     def close(self) -> None:
         """Free the engine; the process group stays, for the next Trainer or the exit."""
