@@ -18,10 +18,8 @@ FILE = Path(__file__).with_name("debug_losses.json")
 
 def machine() -> dict[str, str]:
     """What the last bits of a loss depend on. A CPU's name alone may hide which one it is."""
-    described = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
-    )
+    first = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    described = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in first)}
     keys = ("model name", "cpu family", "model", "CPU implementer", "CPU part")
     named = [f"{key} {described[key]}" for key in keys if key in described]
     return {
