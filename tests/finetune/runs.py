@@ -1,0 +1,108 @@
+"""Small pretraining and fine-tuning runs in one rank, watched from inside."""
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sparse_gpt.errors import UserError
+from sparse_gpt.finetune import spdf
+from sparse_gpt.finetune.spdf import finetune
+from sparse_gpt.hf.checkpoint import export_checkpoint
+from sparse_gpt.train.loop import Trainer
+from sparse_gpt.train.optim import optimizer_steps
+from tests.contracts.runs import run_config, trainer
+from tests.ranks import cleanup_engine
+
+
+def pretrain(corpus: str, out: str, changes: dict[str, Any]) -> float:
+    """A sparse run of a few steps; returns its validation loss over the whole split."""
+    with trainer(run_config(corpus, out, **changes)) as made:
+        made.fit()
+        return made.evaluate("val").loss
+
+
+def export(run: str, out: str) -> int:
+    """Export a run as a Hugging Face folder; returns the step exported."""
+    return export_checkpoint(run, out).step
+
+
+def tensors(made: Trainer, kind: str) -> dict[str, torch.Tensor]:
+    """The fp32 masters or a moment by parameter name, at one rank."""
+    found = {}
+    for name in made.shards.parameters:
+        fragment = made.shards.fragment(name)
+        assert fragment is not None
+        found[name] = made.shards.assemble(name, fragment.tensors()[kind]).clone()
+    return found
+
+
+def tune(corpus: str, out: str, checkpoint: str, overrides: list[str]) -> dict[str, Any]:
+    """`finetune` by a config file; what it returned, and what its Trainer held at step 1.
+
+    A `UserError` is returned as `{"error": message}`. `before`: just before the first optimizer
+    step, after the dry run.
+    """
+    seen: dict[str, Any] = {"said": [], "before": None}
+
+    class Watched(Trainer):
+        def fit(self) -> Any:
+            seen["trainer"] = self
+            say = self.metrics.say
+            self.metrics.say = lambda message: (seen["said"].append(message), say(message))[1]
+            return super().fit()
+
+        def _step(self, step: int, batches: Any) -> Any:
+            if seen["before"] is None:
+                seen["before"] = {
+                    "loss": self.evaluate("val").loss,
+                    "weights": tensors(self, "master"),
+                    "moments": [
+                        tensor.abs().max().item()
+                        for kind in ("exp_avg", "exp_avg_sq")
+                        for tensor in tensors(self, kind).values()
+                    ],
+                    "optimizer_steps": optimizer_steps(self.shards.base_optimizer),
+                }
+            return super()._step(step, batches)
+
+        def close(self) -> None:
+            self.metrics.close()
+            seen["weights"] = tensors(self, "master")
+            engine = self.engine
+            for name in ("engine", "optimizer", "shards", "controller", "checkpointer"):
+                delattr(self, name)
+            cleanup_engine(engine)
+
+    with ExitStack() as stack:
+        # The pool's process group must outlive the run.
+        stack.enter_context(mock.patch.object(spdf.dist, "destroy_process_group"))
+        stack.enter_context(mock.patch.object(spdf, "Trainer", Watched))
+        try:
+            results = finetune(_config(corpus, out, checkpoint), overrides)
+        except UserError as problem:
+            return {"error": str(problem), "started": "trainer" in seen}
+    del seen["trainer"]
+    return {"results": results, **seen}
+
+
+def _config(corpus: str, out: str, checkpoint: str) -> Path:
+    path = Path(f"{out}.yaml")
+    tree = {
+        "checkpoint": checkpoint,
+        "output_dir": out,
+        "precision": "fp32",
+        "data": [{"path": corpus}],
+        "seq_len": 32,
+        "micro_batch_size": 4,
+        "global_batch_size": 8,
+        "max_steps": 3,
+        "optimizer": {"lr": 2e-3},
+        "schedule": {"type": "constant", "warmup_steps": 0},
+        "logging": {"every": 1},
+    }
+    path.write_text(json.dumps(tree))  # JSON is YAML
+    return path

@@ -1,0 +1,152 @@
+"""Fine-tuning: where it starts, what it trains, which weights it reports and exports."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from sparse_gpt.train.checkpoint_files import list_steps, open_checkpoint
+from tests.finetune.conftest import SPARSE
+from tests.finetune.runs import export, pretrain, tune
+from tests.ranks import run_ranks
+from tests.tiny import document
+
+# The learning rate rises until the model diverges: the validation loss first falls, then rises.
+DIVERGING = ["max_steps=40", "evaluation.every=1", "evaluation.patience=3", "optimizer.lr=0.6",
+             "optimizer.grad_clip=0", "schedule.warmup_steps=40"]  # fmt: skip
+
+
+def tuned(corpus, out, checkpoint, *overrides):
+    return run_ranks(1, tune, corpus, str(out), str(checkpoint), list(overrides))[0]
+
+
+def validations(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {r["step"]: r["loss"] for r in records if r["kind"] == "validation"}
+
+
+@pytest.fixture(scope="module")
+def dense(corpus, pretrained, tmp_path_factory):
+    return tuned(corpus, tmp_path_factory.mktemp("dense") / "run", pretrained.run)
+
+
+@pytest.fixture(scope="module")
+def diverged(corpus, pretrained, tmp_path_factory):
+    run = tmp_path_factory.mktemp("diverged") / "run"
+    return run, tuned(corpus, run, pretrained.run, *DIVERGING)
+
+
+def test_dense_starts_from_the_checkpoint_with_a_fresh_optimizer(pretrained, dense):
+    reader = open_checkpoint(pretrained.run)
+    before = dense["before"]
+    assert before["loss"] == pytest.approx(pretrained.loss, abs=1e-6)
+    assert before["weights"].keys() == reader.shapes.keys()
+    for name, weight in before["weights"].items():
+        assert torch.equal(weight, reader.parameter(name)), name
+    assert any(reader.parameter(name, "exp_avg").any() for name in reader.shapes)
+    assert before["moments"] == [0.0] * (2 * len(reader.shapes))
+    assert before["optimizer_steps"] == 0
+
+
+def test_dense_trains_the_weights_outside_the_masks(pretrained, dense):
+    patterns = open_checkpoint(pretrained.run).patterns()
+    outside = 0
+    for name, pattern in patterns.items():
+        assert not dense["before"]["weights"][name][~pattern.active].any(), name
+        assert dense["weights"][name][~pattern.active].any(), name
+        outside += int((~pattern.active).sum())
+    assert dense["results"]["mode"] == "dense"
+    assert dense["results"]["weights_outside_masks"] == outside > 0
+    assert dense["results"]["weights_outside_masks_train"] is True
+
+
+def test_sparse_keeps_the_masks(corpus, pretrained, tmp_path):
+    sparse = tuned(corpus, tmp_path / "run", pretrained.run, "mode=sparse")
+    assert sparse["before"]["loss"] == pytest.approx(pretrained.loss, abs=1e-6)
+    assert not any(sparse["before"]["moments"])
+    saved, now = open_checkpoint(pretrained.run), open_checkpoint(tmp_path / "run")
+    patterns = saved.patterns()
+    assert patterns and patterns.keys() == now.patterns().keys()
+    for name, pattern in patterns.items():
+        assert torch.equal(now.pattern(name).active, pattern.active), name
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            assert not now.parameter(name, kind)[~pattern.active].any(), (name, kind)
+        inside = sparse["weights"][name][pattern.active]
+        assert not torch.equal(inside, sparse["before"]["weights"][name][pattern.active]), name
+    assert sparse["results"]["weights_outside_masks_train"] is False
+
+
+def test_a_run_to_the_end_says_so(dense):
+    results = dense["results"]
+    assert (results["steps"], results["stopped_early"]) == (3, False)
+    assert results["validation_loss"] < dense["before"]["loss"]
+
+
+def test_early_stopping_tests_the_best_weights(diverged):
+    run, outcome = diverged
+    losses, results = validations(run), outcome["results"]
+    best = min(losses, key=lambda step: losses[step])
+    assert best > 1 and losses[max(losses)] > losses[best]
+    assert results["stopped_early"] is True
+    assert results["tested_step"] == best
+    assert results["steps"] == max(losses) == best + 3 < 40
+    assert results["validation_loss"] == losses[best]
+    assert results["val"]["loss"] == pytest.approx(losses[best], abs=1e-6)
+    assert json.loads((run / "results.json").read_text()) == results
+    assert list_steps(run / "checkpoints", "best") == [best]
+    reader = open_checkpoint(run / f"checkpoints/best-{best:08d}")
+    for name, weight in outcome["weights"].items():
+        assert torch.equal(weight, reader.parameter(name)), name
+
+
+def test_an_early_stopped_run_exports_the_best(diverged, tmp_path):
+    run, outcome = diverged
+    step = run_ranks(1, export, str(run), str(tmp_path / "model"))[0]
+    assert step == outcome["results"]["tested_step"] < outcome["results"]["steps"]
+    exported = json.loads((tmp_path / "model/sparse_gpt.json").read_text())
+    assert exported["step"] == step
+
+
+def test_a_finished_run_started_again_reports_the_same(corpus, pretrained, diverged):
+    run, outcome = diverged
+    again = tuned(corpus, run, pretrained.run, *DIVERGING)
+    assert again["before"] is None  # no step was made
+    assert any("nothing to do" in line for line in again["said"])
+    assert again["results"] == outcome["results"]
+
+
+def test_word_perplexity_is_of_the_words_of_the_text(dense):
+    """Loss a token, spread over white-space words: exp(nats of the split / its words)."""
+    for split, first in (("val", 60), ("test", 64)):
+        texts = [document(number) for number in range(first, first + 4)]
+        words = sum(len(text.split()) for text in texts)
+        tokens = sum(len(text.encode()) + 1 for text in texts)  # bytes, and an end token each
+        found = dense["results"][split]
+        assert found["word_perplexity"] == pytest.approx(
+            math.exp(found["loss"] * tokens / words), rel=1e-9
+        )
+        assert found["token_perplexity"] == pytest.approx(math.exp(found["loss"]), rel=1e-9)
+        assert found["scored_tokens"] == (tokens - 1) // 32 * 32
+
+
+def test_from_a_hugging_face_folder(corpus, pretrained, tmp_path):
+    run_ranks(1, export, str(pretrained.run), str(tmp_path / "model"))
+    outcome = tuned(corpus, tmp_path / "run", tmp_path / "model", "max_steps=2")
+    assert outcome["before"]["loss"] == pytest.approx(pretrained.loss, abs=1e-6)
+    assert outcome["results"]["steps"] == 2
+    assert outcome["results"]["weights_outside_masks"] == 0
+    refused = tuned(corpus, tmp_path / "sparse", tmp_path / "model", "mode=sparse")
+    assert "mode: sparse" in refused["error"] and "has no masks to keep" in refused["error"]
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_another_checkpoint_into_an_old_output_dir(corpus, pretrained, tmp_path):
+    first = tuned(corpus, tmp_path / "run", pretrained.run, "max_steps=1")
+    assert first["results"]["steps"] == 1
+    other = tmp_path / "other"
+    run_ranks(1, pretrain, corpus, str(other), SPARSE | {"seed": 5})
+    refused = tuned(corpus, tmp_path / "run", other, "max_steps=1")
+    assert "source: " in refused["error"] and "output_dir" in refused["error"]
+    assert open_checkpoint(pretrained.run).identity in refused["error"]
