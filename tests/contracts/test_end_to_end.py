@@ -121,9 +121,7 @@ def test_layouts_agree_up_to_rounding(corpus, tmp_path, method):
 
 def test_growth_from_a_local_gradient_fails_the_check(corpus, tmp_path):
     """The comparison above can fail: the classic mistake is found."""
-    config_changes = changes(
-        "rigl", steps=FREQ + 1, sparsity__update={"freq": FREQ, "stop": FREQ + 1}
-    )
+    config_changes = changes("rigl") | {"stop_at": FREQ + 1}
     _, right, _ = run_ranks(1, train, corpus, str(tmp_path / "right"), config_changes)[0]
     _, same, _ = run_ranks(2, train, corpus, str(tmp_path / "same"), config_changes)[0]
     _, wrong, _ = run_ranks(2, train, corpus, str(tmp_path / "wrong"), config_changes, "local")[0]
