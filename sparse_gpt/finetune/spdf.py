@@ -110,7 +110,8 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
         update=UpdateConfig(),
     )
     evaluation = config.evaluation
-    if evaluation.every is None:
+    sources = [data for data, _ in open_sources(config.data)]
+    if evaluation.every is None and all("val" in data.splits for data in sources):
         evaluation = evaluation.model_copy(update={"every": min(steps, steps_per_epoch)})
     return construct(
         RunConfig,

@@ -75,7 +75,7 @@ class Trainer:
         elif config.evaluation.every or config.evaluation.patience:
             raise UserError(
                 "evaluation: every or patience is set, but a data source has no val split; "
-                "prepare it with --val-fraction, or leave both out"
+                "prepare it with --val-fraction, or set both to null"
             )
         self.state = TrainState()
         self.metrics = Metrics(

@@ -58,7 +58,7 @@ def tune(corpus: str, out: str, checkpoint: str, overrides: list[str]) -> dict[s
         def _step(self, step: int, batches: Any) -> Any:
             if seen["before"] is None:
                 seen["before"] = {
-                    "loss": self.evaluate("val").loss,
+                    "loss": self.evaluate("val").loss if self.has_validation else None,
                     "weights": tensors(self, "master"),
                     "moments": [
                         tensor.abs().max().item()

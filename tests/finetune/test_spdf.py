@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,45 @@ def test_sparse_keeps_the_masks(corpus, pretrained, tmp_path):
         inside = sparse["weights"][name][pattern.active]
         assert not torch.equal(inside, sparse["before"]["weights"][name][pattern.active]), name
     assert sparse["results"]["weights_outside_masks_train"] is False
+
+
+def test_sparse_keeps_blocks(corpus, tmp_path):
+    blocks = {"sparsity__structure": {"type": "block", "block": [4, 8]}, "max_steps": 3}
+    run_ranks(1, pretrain, corpus, str(tmp_path / "blocks"), SPARSE | blocks)
+    outcome = tuned(corpus, tmp_path / "run", tmp_path / "blocks", "mode=sparse")
+    given = open_checkpoint(tmp_path / "blocks").patterns()
+    kept = open_checkpoint(tmp_path / "run").patterns()
+    assert {name: pattern.block for name, pattern in kept.items()} == dict.fromkeys(given, (4, 8))
+    for name, pattern in given.items():
+        assert torch.equal(kept[name].active, pattern.active), name
+    total = sum(pattern.shape[0] * pattern.shape[1] for pattern in given.values())
+    assert outcome["results"]["sparse_layer_weights"] == total
+    assert outcome["results"]["weights_outside_masks"] == total * 3 // 4
+
+
+def test_epochs_are_passes_over_the_training_split(corpus, pretrained, tmp_path):
+    tokens = sum(len(document(number).encode()) + 1 for number in range(60))
+    epoch = math.ceil((tokens - 1) // 32 / 512)  # whole sequences, in batches of 512
+    wanted = math.ceil(1.5 * epoch)
+    overrides = ("max_steps=null", "epochs=1.5", "micro_batch_size=256", "global_batch_size=512")
+    outcome = tuned(corpus, tmp_path / "run", pretrained.run, *overrides)
+    assert outcome["results"]["steps"] == wanted > epoch > 1
+    assert list(validations(tmp_path / "run")) == [epoch, wanted]
+
+
+def test_data_without_a_validation_split(corpus, pretrained, tmp_path):
+    """Refused while early stopping is asked for; without it, the last weights are tested."""
+    copy = Path(shutil.copytree(corpus, tmp_path / "no_val"))
+    index = json.loads((copy / "index.json").read_text())
+    del index["splits"]["val"]
+    (copy / "index.json").write_text(json.dumps(index))
+    refused = tuned(str(copy), tmp_path / "run", pretrained.run)
+    assert "no val split" in refused["error"] and "--val-fraction" in refused["error"]
+    plain = ("evaluation.patience=null", "max_steps=2")
+    results = tuned(str(copy), tmp_path / "run", pretrained.run, *plain)["results"]
+    assert "val" not in results and results["validation_loss"] is None
+    assert (results["steps"], results["tested_step"]) == (2, 2)
+    assert math.isfinite(results["test"]["loss"])
 
 
 def test_a_run_to_the_end_says_so(dense):
