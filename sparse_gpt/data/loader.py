@@ -116,7 +116,7 @@ def _collate(samples: Sequence[Sample]) -> Batch:
     present = [ids for ids in documents if ids is not None]
     return {
         "input_ids": tokens[:, :-1].contiguous(),
-        "targets": tokens[:, 1:].contiguous(),
+        "targets": tokens[:, 1:].clone(),
         "document_ids": torch.from_numpy(np.stack(present)) if present else None,
     }
 

@@ -60,7 +60,7 @@ class Manifest(_Strict):
     precision: str | None = None
     source: str | None = None  # identity of the weights the run started from
     tokenizer_sha256: str | None = None
-    sha256: str | None = None  # absent in checkpoints older than this check
+    sha256: str
 
 
 def digest_of(manifest: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"broken checkpoint: {path} is not a manifest ({error})") from None
-    if manifest.get("sha256") not in (None, digest_of(manifest)):
+    if manifest["sha256"] != digest_of(manifest):
         raise UserError(f"broken checkpoint: the sha256 of {path} is wrong (damaged or edited)")
     return manifest
 

@@ -153,6 +153,15 @@ def test_evaluation_covers_every_window_once(data, world, limit):
     assert rows == [dataset.item(*window)["tokens"][1:].tolist() for window in windows]
 
 
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_padding_rows_leave_the_inputs_alone(data, batch_size):
+    """A rank with no rows left gets ignored targets and real inputs, at any batch size."""
+    dataset = PackedDataset([(data[0], 1.0)], "val", S, 0)
+    for rank in range(3):
+        for batch in eval_batches(dataset, batch_size, rank, 3, 4):
+            assert int(batch["input_ids"].min()) >= 0
+
+
 def test_limited_evaluation_spreads_over_the_split(data):
     dataset = PackedDataset([(data[0], 1.0)], "val", S, 0)
     windows = eval_windows(dataset, 5)

@@ -10,6 +10,7 @@ from sparse_gpt.data.tokenizer import byte_tokenizer
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.ops import Pattern
 from sparse_gpt.train import checkpoint_files as files
+from sparse_gpt.train.manifest import write_manifest
 
 
 def sparse_model(vocab_size: int = 257) -> GPT:
@@ -68,7 +69,7 @@ def write_run(run: Path, model: GPT, step: int = 12, ranks: int = 2) -> Path:
         "config": {"name": "fixture"},
         "eos_id": 256,
     }
-    files.write_json(folder / "manifest.json", manifest)
+    write_manifest(folder, manifest)
     return folder
 
 
