@@ -119,11 +119,11 @@ class ImportedWeights:
 
     @property
     def identity(self) -> str:
-        """A digest of the config and of the weights' names, shapes, types and file sizes."""
+        """A digest of the config and of the weight files."""
         digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for name, stored in sorted(self._stored.items()):
-            size = stored.file.stat().st_size
-            digest.update(f"{name} {stored.shape} {stored.dtype} {size}\n".encode())
+        for file in sorted({stored.file for stored in self._stored.values()}):
+            with open(file, "rb") as handle:
+                digest.update(hashlib.file_digest(handle, "sha256").digest())
         return digest.hexdigest()
 
     def patterns(self) -> dict[str, Pattern]:

@@ -39,6 +39,7 @@ def full_disk(corpus, out):
             shutil.disk_usage = usage
         torch.distributed.barrier()
         assert names(out) == before == ["step-00000000"]
+        torch.distributed.barrier()  # before the next save begins on any rank
         made.save()
         assert names(out) == ["step-00000000", "step-00000001"]
         written = sum(
