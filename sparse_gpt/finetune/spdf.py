@@ -1,6 +1,5 @@
 """SPDF: fine-tune a sparsely pretrained model, densely or with its masks (Sparse-IFT, App. E)."""
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.checkpoint_files import open_checkpoint, write_json
-from sparse_gpt.train.engine import init_ranks
+from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.loop import Evaluation, Trainer
 
 
@@ -25,10 +24,10 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
 
     Raises `UserError` for bad input, and for `mode: sparse` from weights without masks.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     tree = read_tree(config_path, list(overrides))
     config = validate(FinetuneConfig, tree, str(config_path))
     init_ranks()
+    log_on_first_rank()
     source = open_source(config.checkpoint)
     patterns = source.patterns()
     if config.mode == "sparse" and not patterns:
@@ -37,7 +36,6 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
         )
     run = run_config(config, source, dist.get_world_size())
     trainer = Trainer(run, source)
-    logging.getLogger("sparse_gpt").setLevel(logging.INFO if trainer.rank == 0 else logging.ERROR)
     trainer.metrics.say(dump_yaml(config).rstrip())
     state = replace(trainer.fit())  # loading the best checkpoint brings back its own state
     best = trainer.checkpointer.newest("best")

@@ -7,6 +7,7 @@ gradients or moments goes through these views, in place and without a gather.
 Tested against DeepSpeed 0.19.8 at stages 0-3, fp32 and bf16, with and without CPU offload.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Fragment:
         return {"master": self.master, "exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
 
 
-class Shards:
+class Shards(ABC):
     """Access to the fragments of an engine's parameters. One subclass a layout."""
 
     replicated = False  # whether every rank's fragment is the same whole parameter
@@ -51,25 +52,25 @@ class Shards:
         """Shape of the whole parameter."""
         return tuple(self.parameters[name].shape)
 
+    @abstractmethod
     def fragment(self, name: str) -> Fragment | None:
         """This rank's part, or None where it owns nothing of the parameter."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gradient(self, name: str) -> Tensor | None:
         """A view of this rank's part of the averaged, accumulated gradient, 1-D.
 
         Valid only between `engine.backward` of the last micro-batch and `engine.step`. In place
         edits are what the optimizer sees.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def apply_pattern(self, name: str, pattern: Pattern) -> None:
         """Zero the low-precision model weight outside the pattern, wherever this rank holds it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def push_masters(self) -> None:
         """Copy edited master weights into the model. A collective at stages 1 to 3."""
-        raise NotImplementedError
 
     def fragments(self) -> Iterator[tuple[str, Fragment]]:
         """Every (name, fragment) this rank owns something of, in the model's order."""

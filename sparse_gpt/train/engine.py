@@ -54,6 +54,13 @@ def init_ranks() -> torch.device:
     return device
 
 
+def log_on_first_rank() -> None:
+    """Show what the library logs once (such as the kernel `auto` took), on rank 0 alone."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    level = logging.INFO if dist.get_rank() == 0 else logging.ERROR
+    logging.getLogger("sparse_gpt").setLevel(level)
+
+
 def resolve_precision(config: RunConfig, device: torch.device) -> str:
     """`auto` is bf16 where the hardware computes in it and ZeRO keeps fp32 masters, else fp32."""
     if config.precision != "auto":

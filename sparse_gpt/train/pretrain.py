@@ -1,6 +1,5 @@
 """`launch/pretrain.py` as a function."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 from sparse_gpt.config_file import dump_yaml, load_config
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.plan import plan, render
+from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.loop import Trainer, TrainState
 
 
@@ -17,11 +17,11 @@ def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainSta
 
     Prints the resolved configuration and the plan first. Raises `UserError` for bad input.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     config = load_config(config_path, list(overrides))
     source = ImportedWeights(config.init_from) if config.init_from else None
+    init_ranks()
+    log_on_first_rank()
     trainer = Trainer(config, source)
-    logging.getLogger("sparse_gpt").setLevel(logging.INFO if trainer.rank == 0 else logging.ERROR)
     trainer.metrics.say(dump_yaml(config).rstrip())
     trainer.metrics.say(
         render(plan(config, trainer.vocab_size, trainer.world_size, trainer.precision))
