@@ -16,8 +16,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sparse_gpt.data.shard_index import FORMAT, INDEX_FILE, TOKENIZER_FOLDER, fsync_folder
+from sparse_gpt.data.shard_index import FORMAT, INDEX_FILE, TOKENIZER_FOLDER
 from sparse_gpt.data.tokenizer import CANONICAL_FILES, SENTENCEPIECE_FILE
+from sparse_gpt.durable import fsync_path
 from sparse_gpt.errors import UserError
 
 _OWN_FILE = re.compile(
@@ -122,7 +123,7 @@ def _foreign(folder: Path) -> str | None:
 
 def _exchange(folder: Path, place: Path) -> Path | None:
     """Give the finished folder its name; returns where the data that it replaces is now."""
-    fsync_folder(folder)
+    fsync_path(folder)
     old = None
     if place.exists() and any(place.iterdir()):
         old = place.with_name(f"{place.name}.old-{_this_process()}")
@@ -133,7 +134,7 @@ def _exchange(folder: Path, place: Path) -> Path | None:
         if old is not None:
             old.rename(place)
         raise
-    fsync_folder(place.parent)
+    fsync_path(place.parent)
     return old
 
 

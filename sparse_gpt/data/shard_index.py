@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sparse_gpt.durable import write_text
 from sparse_gpt.errors import UserError
 
 FORMAT = "sparse_gpt-tokens"
@@ -66,30 +66,9 @@ class ShardIndex(_Strict):
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """Digest of a file, read in pieces."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_index(folder: Path, index: ShardIndex) -> None:
     """Write index.json atomically: it is there whole, or not there."""
-    temporary = folder / f"{INDEX_FILE}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(index.model_dump_json(indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / INDEX_FILE)
-    fsync_folder(folder)
+    write_text(folder / INDEX_FILE, index.model_dump_json(indent=1) + "\n")
 
 
 def read_index(folder: Path) -> ShardIndex:

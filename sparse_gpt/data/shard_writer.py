@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_gpt.data.shard_index import DTYPES, ShardEntry, SplitEntry, sha256_file
+from sparse_gpt.data.shard_index import DTYPES, ShardEntry, SplitEntry
+from sparse_gpt.durable import sha256_file
 from sparse_gpt.errors import UserError
 
 SHARD_TOKENS = 1 << 28

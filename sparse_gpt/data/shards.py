@@ -20,9 +20,9 @@ from sparse_gpt.data.shard_index import (
     ShardIndex,
     SplitEntry,
     read_index,
-    sha256_file,
 )
 from sparse_gpt.data.tokenizer import folder_sha256, load_tokenizer
+from sparse_gpt.durable import sha256_file
 from sparse_gpt.errors import UserError
 
 _CHUNK = 1 << 22

@@ -10,11 +10,12 @@ import torch.distributed as dist
 
 from sparse_gpt.config import IFTConfig, ModelConfig, RunConfig, SparsityConfig, UpdateConfig
 from sparse_gpt.config_file import construct, dump_yaml, read_tree, validate
+from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.train.build import WeightSource, open_sources
-from sparse_gpt.train.checkpoint_files import open_checkpoint, write_json
+from sparse_gpt.train.checkpoint_files import open_checkpoint
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.loop import Evaluation, Trainer
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_gpt.data.tokenizer import copy_tokenizer
+from sparse_gpt.durable import fsync_path, write_json
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.layout import INDEX_FILE, METADATA_FILE, WEIGHTS_FILE, Entry, layout
 from sparse_gpt.model.gpt import GPTConfig
@@ -83,10 +84,10 @@ def export_folder(
         if tokenizer_path is not None:
             copy_tokenizer(tokenizer_path, partial)
         _write_weights(partial, shards, parameters, dtype)
-        _write_json(partial / "config.json", _hf_config(config, dtype, eos_id))
+        write_json(partial / "config.json", _hf_config(config, dtype, eos_id))
         tokens = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
-        _write_json(partial / "generation_config.json", tokens)
-        _write_json(partial / METADATA_FILE, metadata or {})
+        write_json(partial / "generation_config.json", tokens)
+        write_json(partial / METADATA_FILE, metadata or {})
         size = sum(file.stat().st_size for file in partial.iterdir())
         _publish(partial, out)
     except BaseException:
@@ -112,29 +113,16 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 def _publish(partial: Path, out: Path) -> None:
     """Give the finished folder its name; an old one is out of the way before it is deleted."""
-    _flush(partial)
+    fsync_path(partial)
     old = out.with_name(f".{out.name}.old")
     if old.exists():
         shutil.rmtree(old)
     if out.exists():
         out.rename(old)
     partial.rename(out)
-    _flush(out.parent)
+    fsync_path(out.parent)
     if old.exists():
         shutil.rmtree(old)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _flush(path)
 
 
 def _nbytes(entry: Entry, itemsize: int) -> int:
@@ -168,7 +156,7 @@ def _write_weights(
         weight_map.update({f"transformer.{entry.name}": file for entry in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / INDEX_FILE, index)
+        write_json(folder / INDEX_FILE, index)
 
 
 def _write_safetensors(

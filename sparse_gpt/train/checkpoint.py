@@ -10,13 +10,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from sparse_gpt.durable import fsync_path
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.train import checkpoint_files as files
 from sparse_gpt.train.first_rank import on_first_rank
-from sparse_gpt.train.manifest import write_manifest
+from sparse_gpt.train.manifest import FORMAT, write_manifest
 from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
 
 
@@ -123,7 +124,7 @@ class Checkpointer:
         self, temporary: Path, final: Path, step: int, state: dict[str, Any], entries: dict
     ) -> None:
         manifest = {
-            "format": files.FORMAT,
+            "format": FORMAT,
             "step": step,
             "state": state,
             "optimizer_steps": optimizer_steps(self.shards.base_optimizer),
@@ -139,7 +140,7 @@ class Checkpointer:
         if final.exists():  # a step done again after resuming from an earlier one
             final.rename(final.with_name(final.name + ".old.tmp"))
         temporary.rename(final)
-        files.fsync_path(self.folder)
+        fsync_path(self.folder)
         for leftover in self.folder.glob("*.old.tmp"):
             shutil.rmtree(leftover)
         tag = final.name.split("-")[0]

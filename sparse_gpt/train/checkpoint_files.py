@@ -14,7 +14,6 @@ code. Every file is checked against the manifest before it is used.
 """
 
 import dataclasses
-import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -27,13 +26,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from sparse_gpt.durable import fsync_path, sha256_file
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.ops import Pattern
-from sparse_gpt.train.manifest import FORMAT as FORMAT
-from sparse_gpt.train.manifest import fsync_path as fsync_path
 from sparse_gpt.train.manifest import read_manifest
-from sparse_gpt.train.manifest import write_json as write_json
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -43,18 +40,13 @@ def step_folder(step: int, tag: str = "step") -> str:
     return f"{tag}-{step:08d}"
 
 
-def file_digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_tensors(
     path: Path, tensors: dict[str, np.ndarray], ranges: dict[str, tuple[int, int]] | None = None
 ) -> dict[str, Any]:
     """Write one file durably; returns its manifest entry `{size, sha256}`."""
     save_file(tensors, path, metadata={"ranges": json.dumps(ranges or {})})
     fsync_path(path)
-    return {"size": path.stat().st_size, "sha256": file_digest(path)}
+    return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
 
 def list_steps(folder: Path, tag: str = "step") -> list[int]:
@@ -115,7 +107,7 @@ class CheckpointReader:
     def verify(self, names: Iterable[str]) -> None:
         """Check the sha256 of some files."""
         for name in names:
-            if file_digest(self.path / name) != self.files[name]["sha256"]:
+            if sha256_file(self.path / name) != self.files[name]["sha256"]:
                 raise UserError(
                     f"broken checkpoint {self.path}: the sha256 of {name} is wrong (damaged, or "
                     "from another run)"

@@ -7,12 +7,12 @@ digest's own key can change unnoticed.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 
 FORMAT = 1
@@ -101,23 +101,3 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["sha256"] != digest_of(manifest):
         raise UserError(f"broken checkpoint: the sha256 of {path} is wrong (damaged or edited)")
     return manifest
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON durably under a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_path(path.parent)
-
-
-def fsync_path(path: Path) -> None:
-    """Flush a file's or a folder's data to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

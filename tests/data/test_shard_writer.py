@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sparse_gpt.data.shard_index import sha256_file
 from sparse_gpt.data.shard_writer import SplitWriter, dtype_for
+from sparse_gpt.durable import sha256_file
 from sparse_gpt.errors import UserError
 
 

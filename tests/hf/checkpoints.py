@@ -10,7 +10,7 @@ from sparse_gpt.data.tokenizer import byte_tokenizer
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.ops import Pattern
 from sparse_gpt.train import checkpoint_files as files
-from sparse_gpt.train.manifest import write_manifest
+from sparse_gpt.train.manifest import FORMAT, write_manifest
 
 
 def sparse_model(vocab_size: int = 257) -> GPT:
@@ -51,7 +51,7 @@ def write_run(run: Path, model: GPT, step: int = 12, ranks: int = 2) -> Path:
         file = f"topology-{rank:05d}.safetensors"
         entries[file] = files.write_tensors(folder / file, bits, ranges)
     manifest = {
-        "format": files.FORMAT,
+        "format": FORMAT,
         "step": step,
         "state": {"step": step, "tokens": 4096, "flops_spent": 10**20},
         "gpt_config": dataclasses.asdict(model.config),

@@ -15,7 +15,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.ops import Pattern
 from sparse_gpt.train import checkpoint_files as files
-from sparse_gpt.train.manifest import read_manifest, write_manifest
+from sparse_gpt.train.manifest import FORMAT, read_manifest, write_manifest
 
 SHAPES = {"a.weight": (7, 5), "a.bias": (7,), "b.weight": (3, 9)}
 
@@ -58,7 +58,7 @@ def write_checkpoint(folder, seed=0, ranks=3, block=(1, 1), step=5):
     write_manifest(
         folder,
         {
-            "format": files.FORMAT,
+            "format": FORMAT,
             "step": step,
             "state": {"step": step, "samples": 40},
             "optimizer_steps": step,
