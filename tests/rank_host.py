@@ -136,6 +136,8 @@ def _become_rank(request: dict[str, Any], data_fd: int, log_fd: int, host: int) 
     os.dup2(log_fd, 1)
     os.dup2(log_fd, 2)
     os.close(log_fd)
+    for stream in (sys.stdout, sys.stderr):  # what a rank printed is in its log when it hangs
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.update(request["environment"])
     faulthandler.register(signal.SIGUSR1, file=2, all_threads=True)
     threading.Thread(target=_watch, args=(data_fd, host), daemon=True).start()

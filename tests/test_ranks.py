@@ -154,7 +154,9 @@ def test_ranks_end_when_the_test_process_does(tmp_path, signal_number):
         "    (Path(folder) / os.environ['RANK']).write_text(str(os.getpid()))\n"
         "    time.sleep(3600)\n"
         "if __name__ == '__main__':\n"
-        "    import starts_ranks\n"
+        "    import signal, starts_ranks\n"
+        # A shell starts background jobs with SIGINT ignored, and children inherit that.
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "    ranks.run_ranks(2, starts_ranks.hang, str(Path(__file__).parent))\n"
     )
     root = Path(__file__).resolve().parent.parent
