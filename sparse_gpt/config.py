@@ -86,12 +86,14 @@ class UpdateConfig(Section):
 
     `stop`: a fraction of all steps, 0 < stop <= 1.0, or a whole number of steps. `mode: follow`
     updates after the optimizer step (the authors' GPT code); `replace`: instead of it (RigL as
-    published).
+    published). `scope: layer` compares the weights of a layer, whose number of active ones stays;
+    `model` compares those of all sparse layers, and only their total stays.
     """
 
     freq: Positive = 100
     stop: Annotated[float, Field(gt=0.0)] | Positive = 0.75
     mode: Literal["follow", "replace"] = "follow"
+    scope: Literal["layer", "model"] = "layer"
 
     @model_validator(mode="after")
     def _check(self) -> "UpdateConfig":

@@ -8,7 +8,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from sparse_gpt.config import IFTConfig, ModelConfig, RunConfig, SparsityConfig, UpdateConfig
+from sparse_gpt.config import (
+    IFTConfig,
+    ModelConfig,
+    RunConfig,
+    SparsityConfig,
+    StructureConfig,
+    UpdateConfig,
+)
 from sparse_gpt.config_file import construct, dump_yaml, read_tree, validate
 from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
@@ -30,8 +37,7 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     init_ranks()
     log_on_first_rank()
     source = open_source(config.checkpoint)
-    patterns = source.patterns()
-    if config.mode == "sparse" and not patterns:
+    if config.mode == "sparse" and not source.layers:
         raise UserError(
             f"mode: sparse, but {config.checkpoint} has no masks to keep; set mode: dense"
         )
@@ -42,11 +48,8 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     best = trainer.checkpointer.newest("best")
     if best is not None:
         trainer.load(best)
-    weights = sum(pattern.shape[0] * pattern.shape[1] for pattern in patterns.values())
-    active = sum(
-        int(pattern.active.sum()) * pattern.block[0] * pattern.block[1]
-        for pattern in patterns.values()
-    )
+    weights = sum(layer.weights for layer in source.layers.values())
+    active = sum(layer.active_weights for layer in source.layers.values())
     results: dict[str, Any] = {
         "mode": config.mode,
         "checkpoint": str(config.checkpoint),
@@ -100,12 +103,16 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
     batch = config.global_batch_size or config.micro_batch_size * world_size
     steps_per_epoch = max(1, math.ceil(_sequences(config, seq_len) / batch))
     steps = config.max_steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
-    patterns = source.patterns() if config.mode == "sparse" else {}
-    kept = [int(p.active.sum()) / p.active.numel() for p in patterns.values()]
+    layers = source.layers if config.mode == "sparse" else {}
+    kept = [layer.active_weights / layer.weights for layer in layers.values()]
+    structure = StructureConfig()
+    for block in {layer.block for layer in layers.values()} - {(1, 1)}:
+        structure = StructureConfig(type="block", block=block)
     sparsity = SparsityConfig(
         sparsity=max(1e-9, 1 - sum(kept) / len(kept)) if kept else 0.0,
         algorithm="static",
-        param_filter=tuple(patterns) or SparsityConfig().param_filter,
+        structure=structure,
+        param_filter=tuple(layers) or SparsityConfig().param_filter,
         update=UpdateConfig(),
     )
     evaluation = config.evaluation

@@ -15,7 +15,6 @@ from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.layout import INDEX_FILE, WEIGHTS_FILE, Entry, layout
 from sparse_gpt.model.gpt import ACTIVATIONS, GPTConfig
-from sparse_gpt.ops import Pattern
 
 # What GPT2Config assumes where config.json is silent, for every key that changes the function.
 _DEFAULTS: dict[str, Any] = {
@@ -126,9 +125,14 @@ class ImportedWeights:
                 digest.update(hashlib.file_digest(handle, "sha256").digest())
         return digest.hexdigest()
 
-    def patterns(self) -> dict[str, Pattern]:
-        """No topology: a GPT-2 folder holds a dense model."""
+    @property
+    def layers(self) -> dict[str, Any]:
+        """No sparse layers: a GPT-2 folder holds a dense model."""
         return {}
+
+    def mask(self, name: str, start: int, count: int) -> Tensor:
+        """There is none; raises `KeyError`."""
+        raise KeyError(name)
 
 
 def import_folder(path: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:

@@ -1,15 +1,23 @@
-"""Keeps the topology of a model, and moves it around the optimizer step in two phases.
+"""Keeps the topology of a model, and moves it inside the optimizer step.
 
-    begin_step    ask for dense gradients, if this step grows by gradient
-    before_step   read growth scores from the averaged gradient, zero the gradient outside B
-    (engine.step: clip, Adam)
-    after_step    if the step was applied: drop, grow, clean weights and moments
+    begin_step    before the first micro-batch: dense weight gradients, if kernels must be asked
+    before_step   averaged gradients are there: zero them outside the trained set B, unless this
+                  step grows by them
+    engine.step   clip, Adam; then, in `optimizer.step` and before the weights reach the model:
+                  drop, grow, and zero weights and moments outside the new mask
+    after_step    what was done
+
+On a step that grows by gradient Adam runs on the dense gradient. What that leaves outside the mask
+is zeroed right after, and its arithmetic is per weight, so the trained weights do not notice; in
+return no gradient has to be kept, and masks never travel: DeepSpeed sends the weights anyway.
 
 For static, SET and RigL the forward set A, the trained set B and the stored set C are the same.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,11 +25,15 @@ from torch import Tensor
 
 from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import Pattern
+from sparse_gpt.topology.bits import Bits, chunks
+from sparse_gpt.topology.block_scores import block_scores
+from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.methods import Method
-from sparse_gpt.topology.random import random_scores
+from sparse_gpt.topology.random import RandomKey
 from sparse_gpt.topology.schedule import UpdateSchedule
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
+from sparse_gpt.topology.units import BlockUnits, LayerPart, ShardedUnits, Units, UnitSet
 
 
 @dataclass(frozen=True)
@@ -40,148 +52,287 @@ class UpdateReport:
         return self.replaced / max(1, self.active)
 
 
+class SavedMasks(Protocol):
+    """Where masks are read from: a checkpoint."""
+
+    def mask(self, name: str, start: int, count: int) -> Tensor:
+        """bool `[count]`: units `start .. start + count - 1` of a layer's mask."""
+        ...
+
+
 class TopologyController:
     """The topology of every sparse layer of a model, over whatever shards it lives in.
 
-    `layers`: sparse layers by the name of their weight, each with its pattern set. `hold_step`:
-    whether an update replaces the optimizer step (RigL as published) or follows it.
+    `layers`: sparse layers by the name of their weight. `units`: active units of each at the
+    start, whose masks are random or `saved`. Masters are masked; `Shards.push_masters` is left to
+    the caller. `whole_model`: updates compare units across layers. `hold_step`: whether an update
+    replaces the optimizer step (RigL as published) or follows it. `show_patterns`: whether the
+    layers' kernels need to see the pattern; a dense product over zeros does not.
     """
 
     def __init__(
         self,
         layers: dict[str, SparseLinear],
+        units: dict[str, int],
         structure: BlockStructure,
         method: Method,
         schedule: UpdateSchedule,
         seed: int,
         shards: Shards,
+        saved: SavedMasks | None = None,
+        whole_model: bool = False,
         hold_step: bool = False,
+        show_patterns: bool = False,
     ) -> None:
         self.layers, self.structure, self.method = layers, structure, method
         self.schedule, self.seed, self.shards = schedule, seed, shards
-        self.replaces_step = hold_step
-        self._growth: dict[str, Tensor | None] = {}
+        self.whole_model, self.replaces_step = whole_model, hold_step
+        self.show_patterns = show_patterns
+        self.masks: dict[str, LayerMask] = {}
+        self._batches = [[n for n in batch if n in layers] for batch in shards.batches()]
+        if whole_model and sum(map(bool, self._batches)) > 1:
+            raise RuntimeError("the layers of one selection are in several optimizer steps: a bug")
+        self._next_batch = 0
+        self._report: UpdateReport | None = None
+        self._dense_gradients = False
+        if saved is None:
+            self._draw(units)
+        else:
+            self.load(saved, units)
+
+    def _draw(self, counts: dict[str, int]) -> None:
+        """The first topology: random masks of exact counts, from (seed, layer name)."""
+        names = list(self.layers)
+        empty = {name: self._empty_mask(name) for name in names}
+        units = self._units(names, 0, scored=False, whole_model=False)
+        nothing = UnitSet(
+            [empty[n].bits for n in names], [0] * len(names), [empty[n].units for n in names]
+        )
+        drawn = units.best("random", ~nothing, [counts[name] for name in names])
+        self._install(names, [empty[name] for name in names], drawn)
+
+    def load(self, saved: SavedMasks, counts: dict[str, int]) -> None:
+        """Replace the topology by a saved one, with its number of active units; zeroes outside.
+
+        A collective; raises like `check_agreement`.
+        """
+        names, masks = list(self.layers), []
+        for name in names:
+            mask = self._empty_mask(name)
+            flags = saved.mask(name, mask.start, mask.bits.numel)
+            masks.append(replace(mask, bits=Bits.of(flags).to(mask.bits.data.device)))
+        totals = [mask.units for mask in masks]
+        loaded = UnitSet([mask.bits for mask in masks], [counts[n] for n in names], totals)
+        self._install(names, masks, loaded)
+        self.check_agreement()
+
+    def _empty_mask(self, name: str) -> LayerMask:
+        out_features, in_features = self.shards.shape(name)
+        shape, fragment = (out_features, in_features), self.shards.fragment(name)
+        device = self.shards.device if fragment is None else fragment.master.device
+        rows, columns = self.structure.grid(shape)
+        start, numel = 0, rows * columns
+        if self.structure.unstructured:
+            start = 0 if fragment is None else fragment.start
+            numel = 0 if fragment is None else fragment.numel
+        return LayerMask(shape, self.structure.block, Bits.empty(numel, device), start, 0)
 
     def is_update(self, step: int) -> bool:
         """Whether the topology changes at step t (from 1)."""
         return self.method.dynamic and bool(self.layers) and self.schedule.is_update(step)
 
-    def begin_step(self, step: int) -> None:
-        """Before the first micro-batch of step t: choose active or dense weight gradients."""
-        dense = self.is_update(step) and self.method.growth == "gradient"
-        for layer in self.layers.values():
-            layer.dense_grad = dense
+    def grows_by_gradient(self, step: int) -> bool:
+        """Whether step t needs dense weight gradients."""
+        return self.is_update(step) and self.method.growth == "gradient"
 
     def holds_step(self, step: int) -> bool:
         """Whether the optimizer step of step t is replaced by a topology update."""
         return self.replaces_step and self.is_update(step)
 
-    def before_step(self, step: int) -> Tensor:
-        """At the accumulation boundary: keep growth scores, zero the gradient outside B.
+    def begin_step(self, step: int) -> None:
+        """Before the first micro-batch of step t: choose active or dense weight gradients."""
+        for layer in self.layers.values():
+            layer.dense_grad = self.grows_by_gradient(step)
 
-        Returns a 0-d bool tensor: whether this rank's growth gradients are finite.
+    def before_step(self, step: int) -> Tensor:
+        """At the accumulation boundary: zero the gradient outside B, unless weights grow by it.
+
+        Returns a 0-d bool tensor: whether this rank's gradients of sparse layers were finite, in
+        B and outside.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self.shards.engine.device)
-        self._growth = {}
-        if not (self.is_update(step) and self.method.growth == "gradient"):
-            return finite
-        for name, layer in self.layers.items():
-            gradient = self.shards.gradient(name)
-            if gradient is None:
-                self._growth[name] = None
-                continue
-            self._growth[name] = gradient.float().clone()
-            finite &= torch.isfinite(gradient).all().to(finite.device)
-            gradient.masked_fill_(self._outside(name, layer, gradient.device), 0)
+        finite = torch.ones((), dtype=torch.bool, device=self.shards.device)
+        self._dense_gradients = self.grows_by_gradient(step)
+        for name, fragment, gradient in self._gradients():
+            finite &= torch.isfinite(torch.linalg.vector_norm(gradient.float())).to(finite.device)
+            if not self._dense_gradients:
+                self.masks[name].zero_outside_(gradient, fragment.start)
         return finite
 
+    def _gradients(self) -> Iterator[tuple[str, Any, Tensor]]:
+        for name in self.layers:
+            fragment, gradient = self.shards.fragment(name), self.shards.gradient(name)
+            if fragment is not None and gradient is not None and fragment.numel:
+                yield name, fragment, gradient
+
+    def square_sum(self, name: str, gradient: Tensor) -> Tensor:
+        """0-d fp64: squares of this rank's part of a gradient, of trained weights only."""
+        if name in self.masks and self._dense_gradients:
+            fragment = self.shards.fragment(name)
+            assert fragment is not None
+            return self.masks[name].square_sum(gradient, fragment.start)
+        return torch.linalg.vector_norm(gradient.float()).double() ** 2
+
+    def arm(self, step: int, finite: bool, optimizer: Any) -> None:
+        """Before `engine.step` of step t: let the topology move in it, if t is a finite update."""
+        self._report, self._next_batch = None, 0
+        if finite and self.is_update(step):
+            self._report = UpdateReport(0, 0, 0)
+            optimizer.on_stepped = lambda: self._on_stepped(step)
+
+    def after_step(self, optimizer: Any) -> UpdateReport | None:
+        """After `engine.step`: what the update did, or None where there was none. A collective."""
+        optimizer.on_stepped = None
+        report, self._report = self._report, None
+        if report is not None:
+            if self._next_batch != len(self._batches):
+                raise RuntimeError(
+                    f"DeepSpeed made {self._next_batch} optimizer steps, not {len(self._batches)}"
+                )
+            self.check_agreement()
+        return report
+
     @torch.no_grad()
-    def after_step(self, step: int, applied: bool) -> UpdateReport | None:
-        """Move the topology, if step t is an update and was applied. A collective."""
-        growth, self._growth = self._growth, {}
-        if not (applied and self.is_update(step)):
-            return None
+    def _on_stepped(self, step: int) -> None:
+        """Move the topology of one batch of layers. A collective."""
+        names = self._batches[self._next_batch]
+        self._next_batch += 1
+        if not names:
+            return
+        old = [self.masks[name] for name in names]
+        active = UnitSet([m.bits for m in old], [m.active for m in old], [m.units for m in old])
         fraction, index = self.schedule.drop_fraction(step), self.schedule.update_index(step)
-        active = dropped = replaced = 0
-        for name, layer in self.layers.items():
-            assert layer.pattern is not None
-            old = layer.pattern.active
-            count = int(fraction * int(old.sum()))
-            new = self.method.update(
-                old, self._magnitude(name), self._growth_scores(name, index, growth), count
-            )
-            self._set(name, layer, Pattern(new, layer.pattern.block))
-            active += int(new.sum())
-            dropped += count
-            replaced += int((new & ~old).sum())
-        self.check_agreement()
-        return UpdateReport(active, dropped, replaced)
+        units = self._units(names, index, scored=True, whole_model=self.whole_model)
+        new = self.method.update(units, active, fraction)
+        grown = torch.stack([(n - o).count() for n, o in zip(new.parts, active.parts)])
+        if self.structure.unstructured:
+            grown = self.shards.sum_over_ranks(grown)
+        self._install(names, old, new)
+        assert self._report is not None
+        self._report = UpdateReport(
+            self._report.active + sum(new.sizes),
+            self._report.dropped + sum(units.share(active, fraction)),
+            self._report.replaced + int(grown.sum()),
+        )
 
-    def _magnitude(self, name: str) -> Tensor:
-        fragment = self.shards.fragment(name)
-        weight = self.shards.assemble(name, None if fragment is None else fragment.master)
-        return self.structure.scores(weight)
+    def _units(self, names: list[str], index: int, scored: bool, whole_model: bool) -> Units:
+        """The units of some layers, with what scores they have on this step."""
+        parts: list[LayerPart] = []
+        empty = torch.zeros(0, device=self.shards.device)
+        dense = scored and self.method.growth == "gradient"
+        for name in names:
+            fragment = self.shards.fragment(name)
+            if fragment is None:
+                parts.append(LayerPart(0, empty, empty if dense else None))
+            else:
+                gradient = self.shards.stepped_gradient(fragment) if dense else None
+                parts.append(LayerPart(fragment.start, fragment.master, gradient))
+        key = (self.seed, index)
+        if self.structure.unstructured:
+            return ShardedUnits(names, parts, self.shards.sum_over_ranks, key, whole_model)
+        scores = {}
+        if scored:
+            scores["magnitude"] = self._block_scores(names, [(p.start, p.master) for p in parts])
+        if dense:
+            gradients = [(p.start, p.gradient) for p in parts if p.gradient is not None]
+            scores["gradient"] = self._block_scores(names, gradients)
+        return BlockUnits(names, scores, key, whole_model)
 
-    def _growth_scores(self, name: str, index: int, growth: dict[str, Tensor | None]) -> Tensor:
-        rows, cols = self.structure.grid(self._matrix(name))
-        if self.method.growth == "gradient":
-            return self.structure.scores(self.shards.assemble(name, growth.pop(name)))
-        device = self.shards.engine.device
-        return random_scores(self.seed, index, name, 0, rows * cols, device).view(rows, cols)
+    def _block_scores(self, names: list[str], parts: list[tuple[int, Tensor]]) -> list[Tensor]:
+        return block_scores(
+            parts,
+            [self.masks[name].shape for name in names],
+            self.structure.block,
+            self.structure.score,
+            self.shards.sum_over_ranks,
+            self.shards.max_over_ranks,
+            self.masks[names[0]].bits.data.device,
+            common_scale=self.whole_model,
+        )
 
-    def _matrix(self, name: str) -> tuple[int, int]:
-        out_features, in_features = self.shards.shape(name)
-        return out_features, in_features
+    def _install(self, names: list[str], old: list[LayerMask], new: UnitSet) -> None:
+        """Make sets of units the masks; zero weights and moments that were not or are not in them.
 
-    def _outside(self, name: str, layer: SparseLinear, device: torch.device) -> Tensor:
-        """Bool over this rank's fragment: True outside the trained set."""
-        fragment = self.shards.fragment(name)
-        assert fragment is not None and layer.pattern is not None
-        mask = layer.pattern.expand().reshape(-1)
-        return ~mask[fragment.start : fragment.start + fragment.numel].to(device)
-
-    def _set(self, name: str, layer: SparseLinear, pattern: Pattern) -> None:
-        """Make `pattern` the topology of a layer; everything outside it becomes exactly zero."""
-        layer.pattern = pattern
-        fragment = self.shards.fragment(name)
-        if fragment is not None:
-            outside = self._outside(name, layer, fragment.master.device)
+        A grown weight starts at zero with zero moments, whatever the dense gradient did to it.
+        """
+        for name, mask, bits, size in zip(names, old, new.parts, new.sizes, strict=True):
+            self.masks[name] = replace(mask, bits=bits, active=size)
+            fragment = self.shards.fragment(name)
+            if fragment is None:
+                continue
+            kept = self.masks[name]
+            if mask.active:
+                kept = replace(mask, bits=mask.bits & bits)
             for tensor in fragment.tensors().values():
-                tensor.masked_fill_(outside, 0)
-        self.shards.apply_pattern(name, pattern)
+                kept.zero_outside_(tensor, fragment.start)
+        if self.show_patterns:
+            for name, pattern in self.patterns(names):
+                self.layers[name].pattern = pattern
 
-    def patterns(self) -> dict[str, Pattern]:
-        """The topology, by the name of the weight."""
-        return {name: layer.pattern for name, layer in self.layers.items() if layer.pattern}
-
-    def load_patterns(self, patterns: dict[str, Pattern]) -> None:
-        """Replace the topology by a saved one; weights are not touched."""
-        for name, layer in self.layers.items():
-            layer.pattern = patterns[name].to(self.shards.engine.device)
+    def patterns(self, names: list[str] | None = None) -> Iterator[tuple[str, Pattern]]:
+        """The whole pattern of each layer, one after the other, on every rank. A collective."""
+        for name in self.layers if names is None else names:
+            mask = self.masks[name]
+            flags = torch.zeros(mask.units, dtype=torch.uint8, device=self.shards.device)
+            flags[mask.start : mask.start + mask.bits.numel] = mask.bits.flags()
+            if mask.sharded:
+                flags = self.shards.sum_over_ranks(flags)
+            yield name, Pattern(flags.view(torch.bool).view(mask.grid), mask.block)
 
     def counts(self) -> tuple[int, int]:
-        """(active weights, all weights) of the sparse layers, counted from the masks."""
-        active = total = 0
-        for pattern in self.patterns().values():
-            active += int(pattern.active.sum()) * pattern.block[0] * pattern.block[1]
-            total += pattern.shape[0] * pattern.shape[1]
-        return active, total
+        """(active weights, all weights) of the sparse layers, over all ranks."""
+        active = sum(mask.active * mask.block_size for mask in self.masks.values())
+        return active, sum(mask.units * mask.block_size for mask in self.masks.values())
 
     def digest(self) -> str:
-        """sha256 over every mask, in the model's order."""
+        """A digest of every mask that does not depend on how it is spread. A collective.
+
+        sha256 over sums of the random scores of the active units: sums can be made anywhere.
+        """
+        sums = torch.zeros(len(self.masks), 2, dtype=torch.int64, device=self.shards.device)
+        for row, (name, mask) in zip(sums, self.masks.items()):
+            keys = [RandomKey.of(0, i, name) for i in range(2)]
+            for start, stop in chunks(mask.bits.numel, mask.bits.data.device):
+                flags = mask.bits.flags(start, stop).to(torch.int32).neg_()
+                for i, key in enumerate(keys):
+                    scores = key.range(mask.start + start, mask.start + stop, flags.device)
+                    row[i] += (scores & flags).sum(dtype=torch.int64).to(row.device)
+        if self.structure.unstructured:
+            sums = self.shards.sum_over_ranks(sums)
         digest = hashlib.sha256()
-        for name, pattern in self.patterns().items():
-            digest.update(name.encode())
-            digest.update(pattern.active.cpu().numpy().tobytes())
+        for name, row in zip(self.masks, sums.tolist()):
+            digest.update(f"{name}:{row[0]:x}:{row[1]:x};".encode())
         return digest.hexdigest()
 
     def check_agreement(self) -> None:
-        """Raise if ranks disagree about the topology (Contract 3). A collective."""
-        if dist.get_world_size() == 1:
+        """Raise if masks do not have the counts they must, or ranks disagree. A collective.
+
+        Contracts 2 and 3. Where every rank holds whole masks they must be equal.
+        """
+        if not self.masks:
             return
-        mine = int(self.digest()[:15], 16)
-        device = self.shards.engine.device
-        low = torch.tensor([mine, -mine], dtype=torch.int64, device=device)
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        if int(low[0]) != -int(low[1]):
-            raise RuntimeError("the ranks' topologies differ: a bug, or a corrupted rank")
+        whole = self.shards.replicated or not self.structure.unstructured
+        if whole and dist.get_world_size() > 1:
+            mine = hashlib.sha256()
+            for mask in self.masks.values():
+                mine.update(mask.bits.data.cpu().numpy().tobytes())
+            number = int(mine.hexdigest()[:15], 16)
+            low = torch.tensor([number, -number], dtype=torch.int64, device=self.shards.device)
+            dist.all_reduce(low, op=dist.ReduceOp.MIN)
+            if int(low[0]) != -int(low[1]):
+                raise RuntimeError("the ranks' topologies differ: a bug, or a corrupted rank")
+        counts = [mask.bits.count() for mask in self.masks.values()]
+        found = torch.stack(counts).to(self.shards.device)
+        if self.structure.unstructured:
+            found = self.shards.sum_over_ranks(found)
+        if found.tolist() != [mask.active for mask in self.masks.values()]:
+            raise RuntimeError("a mask has not the number of active units it should: a bug")

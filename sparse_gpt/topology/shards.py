@@ -16,8 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sparse_gpt.ops import Pattern
-
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -65,10 +63,6 @@ class Shards(ABC):
         """
 
     @abstractmethod
-    def apply_pattern(self, name: str, pattern: Pattern) -> None:
-        """Zero the low-precision model weight outside the pattern, wherever this rank holds it."""
-
-    @abstractmethod
     def push_masters(self) -> None:
         """Copy edited master weights into the model. A collective at stages 1 to 3."""
 
@@ -79,24 +73,45 @@ class Shards(ABC):
             if fragment is not None and fragment.numel:
                 yield name, fragment
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """All-reduce of per-fragment sums, in place; every position is counted once."""
-        if dist.get_world_size() > 1:
-            dist.all_reduce(values)
-        return values
+    @property
+    def device(self) -> torch.device:
+        """Where ranks exchange."""
+        return self.engine.device
 
-    def assemble(self, name: str, local: Tensor | None) -> Tensor:
-        """Full `[out, in]` fp32 tensor of one parameter from every rank's part. A collective.
+    def batches(self) -> list[list[str]]:
+        """Names of the parameters of each `optimizer.step` that one `engine.step` makes, in order.
 
-        The sum of disjoint parts over zeros: exact, so every rank gets the same bits.
+        The same on every rank, whatever it owns of them.
         """
-        shape, fragment = self.shape(name), self.fragment(name)
-        full = torch.zeros(
-            torch.Size(shape).numel(), dtype=torch.float32, device=self.engine.device
-        )
-        if fragment is not None and local is not None:
-            full[fragment.start : fragment.start + fragment.numel].copy_(local)
-        return self.sum_over_ranks(full).view(shape)
+        return [list(self.parameters)]
+
+    def stepped_gradient(self, fragment: Fragment) -> Tensor:
+        """The gradient that the optimizer's step has just used, of a fragment in its batch; 1-D.
+
+        Valid only inside `optimizer.step`, behind the arithmetic of Adam.
+        """
+        first = fragment.master.data_ptr()
+        for group in self.base_optimizer.param_groups:
+            for flat in group["params"]:
+                offset = (first - flat.data_ptr()) // flat.element_size()
+                if 0 <= offset < flat.numel() and flat.grad is not None:
+                    return flat.grad.view(-1)[offset : offset + fragment.numel]
+        raise RuntimeError("a fragment is not in the batch its parameter is in: a bug")
+
+    def sum_over_ranks(self, values: Tensor) -> Tensor:
+        """All-reduce of what each rank has of its fragments; every position is counted once."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max_over_ranks(self, values: Tensor) -> Tensor:
+        """Element-wise maximum over ranks."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Tensor, operation: Any) -> Tensor:
+        if self.replicated or dist.get_world_size() == 1:
+            return values
+        there = values.to(self.device)  # fragments may lie on the host (CPU offload)
+        dist.all_reduce(there, op=operation)
+        return there.to(values.device)
 
     def zero_gradients(self) -> None:
         """Zero this step's gradients, so that a held step leaves no trace."""
@@ -122,14 +137,8 @@ class ReplicatedShards(Shards):
         grad = self.parameters[name].grad
         return None if grad is None else grad.view(-1)
 
-    def apply_pattern(self, name: str, pattern: Pattern) -> None:
-        pattern.apply_(self.parameters[name].data)
-
     def push_masters(self) -> None:
         """Nothing to do: the model's weight is the master."""
-
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        return values
 
 
 class PartitionedOptimizerShards(Shards):
@@ -180,8 +189,11 @@ class PartitionedOptimizerShards(Shards):
         if getattr(optimizer, "cpu_offload", False):
             optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
-    def apply_pattern(self, name: str, pattern: Pattern) -> None:
-        pattern.apply_(self.parameters[name].data)
+    def batches(self) -> list[list[str]]:
+        groups = getattr(self.engine.optimizer, "bit16_groups", None)
+        if groups is None:  # BF16_Optimizer steps everything at once
+            return super().batches()
+        return _names_of(groups, self.parameters)
 
     def push_masters(self) -> None:
         self.engine.optimizer.update_lp_params()
@@ -222,14 +234,8 @@ class PartitionedParameterShards(Shards):
         )
         return gradient.view(-1)[:numel]
 
-    def apply_pattern(self, name: str, pattern: Pattern) -> None:
-        p: Any = self.parameters[name]
-        start, numel = self._range(name)
-        outside = ~pattern.expand().reshape(-1)[start : start + numel]
-        shard = p.ds_tensor.data.view(-1)[:numel]
-        shard.masked_fill_(outside.to(shard.device), 0)
-        if p.data.numel() == p.ds_numel:  # persistent, or gathered just now
-            pattern.apply_(p.data.view(pattern.shape))
+    def batches(self) -> list[list[str]]:
+        return _names_of(self.engine.optimizer.fp16_groups, self.parameters)
 
     def push_masters(self) -> None:
         optimizer = self.engine.optimizer
@@ -242,6 +248,11 @@ class PartitionedParameterShards(Shards):
             for p in optimizer.persistent_parameters:
                 p.partition()
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+
+def _names_of(groups: list[list[Any]], parameters: dict[str, Any]) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    return [[names[id(parameter)] for parameter in group] for group in groups]
 
 
 def shards_of(engine: Any, optimizer: torch.optim.Optimizer) -> Shards:

@@ -1,6 +1,6 @@
 """The parts of a run, built from its configuration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -13,11 +13,13 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import fraction_of_steps
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.model.linear import SparseLinear
-from sparse_gpt.ops import Pattern, resolve_kernel
+from sparse_gpt.ops import resolve_kernel
 from sparse_gpt.sparse_units import sparse_units
-from sparse_gpt.topology.init_masks import random_pattern
+from sparse_gpt.topology.controller import TopologyController
+from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.topology.methods import METHODS
 from sparse_gpt.topology.schedule import UpdateSchedule
+from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
 
 
@@ -43,8 +45,13 @@ class WeightSource(Protocol):
         """A whole parameter, fp32."""
         ...
 
-    def patterns(self) -> dict[str, Pattern]:
-        """The topology that comes with the weights; empty for a dense model."""
+    @property
+    def layers(self) -> dict[str, SavedLayer]:
+        """The sparse layers that come with the weights; empty for a dense model."""
+        ...
+
+    def mask(self, name: str, start: int, count: int) -> Tensor:
+        """bool `[count]`: units `start .. start + count - 1` of a sparse layer's mask."""
         ...
 
 
@@ -104,57 +111,67 @@ def open_sources(sources: tuple[DataSource, ...]) -> list[tuple[TokenData, float
     ]
 
 
-def structure_of(config: RunConfig) -> BlockStructure:
-    return BlockStructure(config.sparsity.structure.block, config.sparsity.structure.score)
-
-
-def initial_patterns(
-    config: RunConfig, shapes: dict[str, tuple[int, int]], source: WeightSource | None
-) -> dict[str, Pattern]:
-    """The first topology: the source's, or random masks for every layer the filter names."""
+def initial_units(config: RunConfig, source: WeightSource | None) -> dict[str, int]:
+    """Active units of every layer the filter names: the source's, or those of the config."""
     units = sparse_units(config)
-    given = source.patterns() if source else {}
-    if given:
-        return {name: given[name] for name in units if name in given}
-    structure = structure_of(config)
-    return {
-        name: random_pattern(name, shapes[name], structure, kept, config.seed)
-        for name, (kept, _) in units.items()
-    }
+    if source is not None and source.layers:
+        return {name: source.layers[name].active for name in units if name in source.layers}
+    return {name: kept for name, (kept, _) in units.items()}
 
 
 def initialiser(
-    config: RunConfig, patterns: dict[str, Pattern], source: WeightSource | None
+    config: RunConfig, source: WeightSource | None
 ) -> Callable[[GPT, Callable[[Any], AbstractContextManager[object]] | None], None]:
-    """A function that fills a model's parameters and makes the pattern's outside exactly zero."""
+    """A function that fills a model's parameters; masks come later, where they are sharded."""
 
     def initialise(
         model: GPT, gathered: Callable[[Any], AbstractContextManager[object]] | None
     ) -> None:
         if source is None:
             model.init_weights(config.seed, gathered)
+            return
         for name, parameter in model.named_parameters():
-            if source is None and name not in patterns:
-                continue
             with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
-                if source is not None:
-                    parameter.copy_(source.parameter(name))
-                if name in patterns:
-                    patterns[name].to(parameter.device).apply_(parameter.data)
+                parameter.copy_(source.parameter(name))
 
     return initialise
 
 
-def install_patterns(
-    model: GPT, patterns: dict[str, Pattern], config: RunConfig, device: torch.device
+def sparse_layers(
+    model: GPT, names: Iterable[str], config: RunConfig, device: torch.device
 ) -> dict[str, SparseLinear]:
-    """Give each sparse layer its pattern and kernel; returns the sparse layers by weight name."""
+    """The layers that are sparse, by weight name, with their kernel."""
     kernel = resolve_kernel(config.sparsity.kernel, device, config.sparsity.storage)
     layers = model.sparse_layers()
-    for name, pattern in patterns.items():
-        layers[name].pattern = pattern.to(device)
+    for name in names:
         layers[name].kernel = kernel
-    return {name: layers[name] for name in patterns}
+    return {name: layers[name] for name in names}
+
+
+def controller_of(
+    config: RunConfig,
+    layers: dict[str, SparseLinear],
+    units: dict[str, int],
+    shards: Shards,
+    source: WeightSource | None,
+    world_size: int,
+) -> TopologyController:
+    """The topology of a run, at its start. A collective."""
+    sparsity = config.sparsity
+    return TopologyController(
+        layers,
+        units,
+        BlockStructure(sparsity.structure.block, sparsity.structure.score),
+        METHODS[sparsity.algorithm],
+        schedule_of(config, world_size),
+        config.seed,
+        shards,
+        saved=source if source is not None and source.layers else None,
+        whole_model=sparsity.update.scope == "model",
+        hold_step=sparsity.update.mode == "replace",
+        # The masked kernel is a dense product: weights outside the mask are zero already.
+        show_patterns=sparsity.kernel not in ("auto", "masked"),
+    )
 
 
 def schedule_of(config: RunConfig, world_size: int) -> UpdateSchedule:
@@ -166,7 +183,3 @@ def schedule_of(config: RunConfig, world_size: int) -> UpdateSchedule:
         half_period=drop.half_period,
         kind=drop.type,
     )
-
-
-def method_of(config: RunConfig) -> Any:
-    return METHODS[config.sparsity.algorithm]

@@ -61,7 +61,8 @@ class Checkpointer:
             raise UserError(f"checkpoint of step {step} was not saved: {'; '.join(errors)}")
         entries = {key: entry for report in reports for key, entry in report[1].items()}
         final = self.folder / name
-        self._on_first(lambda: self._publish(temporary, final, step, state, entries))
+        digest = self.controller.digest()
+        self._on_first(lambda: self._publish(temporary, final, step, state, entries, digest))
         return final
 
     def _on_first(self, action: Callable[[], None]) -> None:
@@ -92,7 +93,7 @@ class Checkpointer:
     def bytes_needed(self) -> int:
         """Bytes of one checkpoint, all ranks: 12 a parameter, a bit a block, and headers."""
         weights = sum(int(np.prod(self.shards.shape(name))) for name in self.shards.parameters)
-        bits = sum(pattern.active.numel() for pattern in self.controller.patterns().values())
+        bits = sum(mask.units for mask in self.controller.masks.values())
         return 12 * weights + bits // 8 + (1 << 20)
 
     def _write(self, folder: Path) -> dict[str, dict[str, Any]]:
@@ -104,9 +105,11 @@ class Checkpointer:
             file = f"{kind}-{self.rank:05d}.safetensors"
             written[file] = files.write_tensors(folder / file, tensors, ranges)
         bits, ranges = {}, {}
-        for name, pattern in self.controller.patterns().items():
-            bits[name], start, count = files.pack_pattern(pattern, self.rank, self.world_size)
-            ranges[name] = (start, count)
+        for index, (name, mask) in enumerate(self.controller.masks.items()):
+            replicated = self.shards.replicated or not mask.sharded
+            if mask.bits.numel and (not replicated or index % self.world_size == self.rank):
+                bits[name] = mask.bits.data.cpu().numpy()
+                ranges[name] = (mask.start, mask.bits.numel)
         file = f"topology-{self.rank:05d}.safetensors"
         written[file] = files.write_tensors(folder / file, bits, ranges)
         file = f"rng-{self.rank:05d}.safetensors"
@@ -121,7 +124,13 @@ class Checkpointer:
                 yield name, fragment.start, fragment.tensors()
 
     def _publish(
-        self, temporary: Path, final: Path, step: int, state: dict[str, Any], entries: dict
+        self,
+        temporary: Path,
+        final: Path,
+        step: int,
+        state: dict[str, Any],
+        entries: dict[str, Any],
+        digest: str,
     ) -> None:
         manifest = {
             "format": FORMAT,
@@ -132,7 +141,7 @@ class Checkpointer:
             "gpt_config": dataclasses.asdict(self.gpt_config),
             "parameters": {name: self.shards.shape(name) for name in self.shards.parameters},
             "layers": _layer_entries(self.controller),
-            "topology_sha256": self.controller.digest(),
+            "topology_digest": digest,
             "files": entries,
             **self.identity,
         }
@@ -177,9 +186,10 @@ class Checkpointer:
         if reader.manifest.get("optimizer_steps") is None:
             raise UserError(f"checkpoint {path} has weights alone: no run can go on from it")
         self._check_layers(path, reader.manifest["layers"])
-        self.controller.load_patterns(reader.patterns())
-        if self.controller.digest() != reader.manifest["topology_sha256"]:
-            raise UserError(f"broken checkpoint {path}: the topology's sha256 is wrong")
+        counts = {name: layer.active for name, layer in reader.layers.items()}
+        self.controller.load(reader, counts)
+        if self.controller.digest() != reader.manifest["topology_digest"]:
+            raise UserError(f"broken checkpoint {path}: the topology's digest is wrong")
         with torch.no_grad():
             for name, fragment in self.shards.fragments():
                 for kind, tensor in fragment.tensors().items():
@@ -193,6 +203,16 @@ class Checkpointer:
     def _check_layers(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse a topology of other layers, blocks or counts than this run's."""
         mine = _layer_entries(self.controller)
+        if self.controller.whole_model and mine:
+            # Layers trade active units; the model's number of them stays.
+            total = sum(entry["active"] for entry in saved.values())
+            if total != sum(entry["active"] for entry in mine.values()):
+                raise UserError(
+                    f"checkpoint {path} has {total} active units, this run has another number; "
+                    "keep sparsity.sparsity as it was"
+                )
+            saved = {name: saved[name] | {"active": None} for name in saved}
+            mine = {name: mine[name] | {"active": None} for name in mine}
         differing = [
             name for name in sorted(saved.keys() | mine.keys()) if saved.get(name) != mine.get(name)
         ]
@@ -227,11 +247,11 @@ class Checkpointer:
 def _layer_entries(controller: TopologyController) -> dict[str, dict[str, Any]]:
     return {
         name: {
-            "grid": list(pattern.active.shape),
-            "block": list(pattern.block),
-            "active": int(pattern.active.sum()),
+            "grid": list(mask.grid),
+            "block": list(mask.block),
+            "active": mask.active,
         }
-        for name, pattern in controller.patterns().items()
+        for name, mask in controller.masks.items()
     }
 
 

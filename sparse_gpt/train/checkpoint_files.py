@@ -30,6 +30,7 @@ from sparse_gpt.durable import fsync_path, sha256_file
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.ops import Pattern
+from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.train.manifest import read_manifest
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -184,40 +185,46 @@ class CheckpointReader:
         shape = self.shapes[name]
         return self.fragment(name, kind, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
 
+    @property
+    def layers(self) -> dict[str, SavedLayer]:
+        """The sparse layers, by the name of their weight."""
+        return {
+            name: SavedLayer(tuple(entry["grid"]), tuple(entry["block"]), entry["active"])
+            for name, entry in self.manifest["layers"].items()
+        }
+
     def patterns(self) -> dict[str, Pattern]:
         """The topology: the pattern of every sparse layer, by the name of its weight."""
-        return {name: self.pattern(name) for name in self.manifest["layers"]}
+        return {name: self.pattern(name) for name in self.layers}
 
     def pattern(self, name: str) -> Pattern:
         """The pattern of one sparse layer."""
-        entry = self.manifest["layers"][name]
-        rows, cols = entry["grid"]
-        bits = np.zeros(rows * cols, dtype=bool)
-        covered = 0
-        for start, count, file in self._locate("topology").get(name, []):
+        layer = self.layers[name]
+        rows, columns = layer.grid
+        flags = self.mask(name, 0, rows * columns)
+        if int(flags.sum()) != layer.active:
+            raise UserError(f"broken checkpoint {self.path}: the topology of {name} is incomplete")
+        return Pattern(flags.view(rows, columns), layer.block)
+
+    def mask(self, name: str, start: int, count: int) -> Tensor:
+        """bool `[count]`: units `start .. start + count - 1` of a sparse layer's mask."""
+        pieces, position = [], start
+        for first, many, file in self._locate("topology").get(name, []):
+            end = min(first + many, start + count)
+            if first > position or end <= position:
+                continue
             with safe_open(self.path / file, "numpy") as handle:
                 packed = handle.get_tensor(name)
-            if start != covered or start + count > bits.size or packed.size != -(-count // 8):
+            if packed.dtype != np.uint8 or packed.size != -(-many // 8):
                 break
-            bits[start : start + count] = np.unpackbits(packed, count=count).astype(bool)
-            covered += count
-        if covered != bits.size or int(bits.sum()) != entry["active"]:
+            pieces.append(np.unpackbits(packed, count=many)[position - first : end - first])
+            position = end
+        if position != start + count:
             raise UserError(f"broken checkpoint {self.path}: the topology of {name} is incomplete")
-        block = (int(entry["block"][0]), int(entry["block"][1]))
-        return Pattern(torch.from_numpy(bits).view(rows, cols), block)
+        flags = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint8)
+        return torch.from_numpy(flags).view(torch.bool)
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """A rank's generator states as byte tensors, by device type."""
         with safe_open(self.path / f"rng-{rank:05d}.safetensors", "numpy") as handle:
             return {key: torch.from_numpy(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
-
-
-def pack_pattern(pattern: Pattern, rank: int, world_size: int) -> tuple[np.ndarray, int, int]:
-    """A rank's share of a mask: (packed bits, first bit, number of bits).
-
-    Shares cut the mask into even ranges of bits; they need not start at a byte.
-    """
-    flat = pattern.active.reshape(-1)
-    start = rank * flat.numel() // world_size
-    end = (rank + 1) * flat.numel() // world_size
-    return np.packbits(flat[start:end].cpu().numpy()), start, end - start

@@ -89,6 +89,9 @@ def deepspeed_config(
         zero["offload_optimizer"] = {"device": "cpu"}
     if d.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = d.param_persistence_threshold
+        if config.sparsity.update.scope == "model":
+            # One optimizer step for all layers, so that their weights can be compared.
+            zero["sub_group_size"] = 10**15
     return {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "gradient_accumulation_steps": config.accumulation(world_size),

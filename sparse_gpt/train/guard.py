@@ -4,6 +4,7 @@ DeepSpeed's own clipping is off: it would count the dense gradients of a growing
 offload they enter its norm during backward), and at stage 0 it would apply a non-finite step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +23,23 @@ class StepHealth:
     finite: bool
 
 
-def inspect_step(shards: Shards, loss: Tensor, finite: Tensor) -> StepHealth:
-    """Combine every rank's gradient fragments, loss (0-d) and finite flag (0-d bool)."""
+def inspect_step(
+    shards: Shards,
+    loss: Tensor,
+    finite: Tensor,
+    square_sum: Callable[[str, Tensor], Tensor],
+) -> StepHealth:
+    """Combine every rank's gradient fragments, loss (0-d) and finite flag (0-d bool).
+
+    `square_sum(name, gradient)`: 0-d, of what is trained in a rank's part of a gradient.
+    """
     device = shards.engine.device
     total = torch.zeros((), dtype=torch.float64, device=device)
     if not shards.replicated or dist.get_rank() == 0:
         for name in shards.parameters:
             gradient = shards.gradient(name)
             if gradient is not None and gradient.numel():
-                total += torch.linalg.vector_norm(gradient.float()).to(device).double() ** 2
+                total += square_sum(name, gradient).to(device)
     bad = (~finite.to(device)).double()
     values = torch.stack([total, bad, loss.detach().double().to(device)])
     if dist.get_world_size() > 1:

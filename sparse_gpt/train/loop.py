@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,8 @@ from sparse_gpt.data.loader import Batch, PackedDataset, TrainLoader, common_voc
 from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
-from sparse_gpt.model.flops import FlopsLedger, linear_shapes
-from sparse_gpt.topology.controller import TopologyController, UpdateReport
+from sparse_gpt.model.flops import FlopsLedger
+from sparse_gpt.topology.controller import UpdateReport
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build
 from sparse_gpt.train.checkpoint import Checkpointer
@@ -94,7 +95,7 @@ class Trainer:
         return PackedDataset(self.data, split, c.seq_len, c.seed, c.document_attention)
 
     def _start(self, source: build.WeightSource | None) -> None:
-        """Model, topology, engine: in this order, so that the masters start masked."""
+        """Model, engine, topology: masks are drawn and applied where the masters are sharded."""
         config = self.config
         if source is not None:
             build.check_source(
@@ -103,28 +104,19 @@ class Trainer:
                 self.data[0][0].tokenizer_sha256,
                 source.tokenizer_sha256,
             )
-        patterns = build.initial_patterns(config, linear_shapes(config.dims), source)
+        units = build.initial_units(config, source)
         ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
-        model = build_model(
-            config, self.gpt_config, ds_config, build.initialiser(config, patterns, source)
-        )
-        layers = build.install_patterns(model, patterns, config, self.device)
+        model = build_model(config, self.gpt_config, ds_config, build.initialiser(config, source))
+        layers = build.sparse_layers(model, units, config, self.device)
         torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
         self.engine, self.optimizer = start_engine(model, config, ds_config)
         self.shards = shards_of(self.engine, self.optimizer)
-        self.controller = TopologyController(
-            layers,
-            build.structure_of(config),
-            build.method_of(config),
-            build.schedule_of(config, self.world_size),
-            config.seed,
-            self.shards,
-            hold_step=config.sparsity.update.mode == "replace",
+        self.controller = build.controller_of(
+            config, layers, units, self.shards, source, self.world_size
         )
-        active = {
-            name: int(pattern.active.sum()) * pattern.block[0] * pattern.block[1]
-            for name, pattern in patterns.items()
-        }
+        self.shards.push_masters()
+        masks = self.controller.masks
+        active = {name: mask.active * mask.block_size for name, mask in masks.items()}
         self.ledger = FlopsLedger.of(config.dims, config.seq_len, self.vocab_size, active)
         self.sparsity = _sparsity(*self.controller.counts())
         self.checkpointer = Checkpointer(
@@ -227,15 +219,18 @@ class Trainer:
             if micro_step < accumulation - 1:
                 self.engine.step()
         finite = self.controller.before_step(step)
-        health = inspect_step(self.shards, loss_sum / accumulation, finite)
+        health = inspect_step(
+            self.shards, loss_sum / accumulation, finite, self.controller.square_sum
+        )
         self.optimizer.hold = not health.finite or self.controller.holds_step(step)
         if health.finite:
             clip_gradients(self.shards, health.grad_norm, self.config.optimizer.grad_clip)
         else:
             self.shards.zero_gradients()
+        self.controller.arm(step, health.finite, self.optimizer)
         self.engine.step()
         self.optimizer.hold = False
-        return health, self.controller.after_step(step, applied=health.finite)
+        return health, self.controller.after_step(self.optimizer)
 
     def _dry_run(self) -> None:
         """One step that changes nothing: out-of-memory and broken shapes show before step 1."""
@@ -263,7 +258,7 @@ class Trainer:
 
     def _account(self, step: int, health: StepHealth) -> None:
         state, batch = self.state, self.config.batch(self.world_size)
-        dense = self.controller.is_update(step) and self.controller.method.growth == "gradient"
+        dense = self.controller.grows_by_gradient(step)
         state.flops_spent += self.ledger.step(batch, "dense_gradient" if dense else "sparse")
         state.step = step
         state.samples += batch
@@ -316,13 +311,15 @@ class Trainer:
         self.metrics.say(f"saved      step {self.state.step}  {path}")
         return path
 
-    def load(self, path: Path) -> None:
-        """Restore everything from one checkpoint. A collective."""
-        saved = self.checkpointer.load(path)["state"]
+    def load(self, path: Path) -> dict[str, Any]:
+        """Restore everything from one checkpoint; returns its manifest. A collective."""
+        manifest = self.checkpointer.load(path)
+        saved = manifest["state"]
         if saved.keys() != asdict(self.state).keys():
             raise UserError(f"broken checkpoint {path}: its state holds {sorted(saved)}")
         for key, value in saved.items():
             setattr(self.state, key, value)
+        return manifest
 
     def _resume(self) -> None:
         mode = self.config.checkpoint.resume
@@ -339,8 +336,23 @@ class Trainer:
                 raise UserError(f"checkpoint.resume: no checkpoint in {self.checkpointer.folder}")
             return
         check_drift(newest, self.checkpointer.identity, self.config.checkpoint.allow_changed)
-        self.load(newest)
+        manifest = self.load(newest)
         self.metrics.say(f"resumed    step {self.state.step}  {newest}")
+        converted = self._conversion(manifest)
+        if converted:
+            self.metrics.say(f"converted  {converted}")
+
+    def _conversion(self, manifest: dict[str, Any]) -> str:
+        """What resuming on another layout changed; empty for the same one."""
+        ranks, stage = manifest["world_size"], manifest["config"]["deepspeed"]["zero_stage"]
+        before = f"{ranks} ranks, ZeRO {stage}"
+        now = f"{self.world_size} ranks, ZeRO {self.config.deepspeed.zero_stage}"
+        if before == now:
+            return ""
+        text = f"{before} -> {now}: weights, moments, masks and the position in the data are exact"
+        if ranks != self.world_size:
+            text += "; generators of dropout start anew"
+        return text
 
     def _log_step(self, step: int, health: StepHealth, lr: float) -> None:
         values = {

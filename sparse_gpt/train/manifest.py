@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 NAME = "manifest.json"
 
 Count = Annotated[int, Field(ge=0)]
@@ -43,13 +43,13 @@ class LayerEntry(_Strict):
 class Manifest(_Strict):
     """Everything a checkpoint says about itself. What only resuming needs may be absent."""
 
-    format: Literal[1]
+    format: Literal[2]
     step: Count
     state: dict[str, Any]
     gpt_config: dict[str, Any]
     parameters: dict[str, tuple[Count, ...]]
     layers: dict[str, LayerEntry]
-    topology_sha256: str
+    topology_digest: str  # see TopologyController.digest
     files: dict[str, FileEntry]
     config: dict[str, Any]
     eos_id: int | None = None

@@ -1,7 +1,7 @@
 """AdamW that can be held, its parameter groups, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,14 +16,20 @@ class AdamW(torch.optim.AdamW):
     Weights, moments and step counts all stay. Zeroed gradients or a learning rate of 0 would
     still move the moments. Used where a topology update replaces the optimizer step (RigL as
     published) and for steps with non-finite gradients.
+
+    `on_stepped`, if set, is called at the end of every `step`, held or not: behind Adam's
+    arithmetic, with gradients still there, and before DeepSpeed hands the new weights to the
+    model. That is where the topology changes. DeepSpeed may make several steps in one.
     """
 
     hold = False
+    on_stepped: Callable[[], None] | None = None
 
     def step(self, closure: Any = None) -> Any:
-        if self.hold:
-            return None
-        return super().step(closure)
+        result = None if self.hold else super().step(closure)
+        if self.on_stepped is not None:
+            self.on_stepped()
+        return result
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

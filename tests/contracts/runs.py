@@ -88,4 +88,13 @@ def model_weights(made: Any, name: str) -> Iterator[tuple[int, torch.Tensor]]:
 
 def masks(made: Any) -> dict[str, torch.Tensor]:
     """Every sparse layer's mask, over its block grid."""
-    return {name: pattern.active.clone() for name, pattern in made.controller.patterns().items()}
+    return {name: pattern.active.clone() for name, pattern in made.controller.patterns()}
+
+
+def assemble(made: Any, name: str, local: torch.Tensor | None) -> torch.Tensor:
+    """The whole parameter from every rank's part `local` (1-D, fp32), on every rank."""
+    shape, fragment = made.shards.shape(name), made.shards.fragment(name)
+    full = torch.zeros(torch.Size(shape).numel())
+    if fragment is not None and local is not None:
+        full[fragment.start : fragment.start + fragment.numel] = local.float()
+    return made.shards.sum_over_ranks(full).view(shape)

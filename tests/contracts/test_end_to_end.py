@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sparse_gpt.topology.random import random_scores
 from tests.contracts.runs import after_every_step, masks, run_config, trainer
 from tests.ranks import run_ranks
 
@@ -24,27 +25,43 @@ def changes(method, steps=STEPS, **more):
 
 
 class Recorder:
-    """Stands for a method and keeps what its first update saw."""
+    """Stands for a method and keeps what its first update saw, gathered from all ranks."""
 
-    def __init__(self, method, layers):
-        self.method, self.names, self.first = method, iter(layers), {}
+    def __init__(self, made):
+        self.made, self.method, self.first = made, made.controller.method, {}
 
     def __getattr__(self, name):
         return getattr(self.method, name)
 
-    def update(self, active, magnitude, growth, count):
-        new = self.method.update(active, magnitude, growth, count)
-        name = next(self.names, None)
-        if name is not None:
-            self.first[name] = (active.clone(), magnitude.clone(), growth.clone(), count, new)
+    def update(self, units, active, fraction):
+        new = self.method.update(units, active, fraction)
+        for i, name in enumerate(units.names):
+            if name in self.first:
+                continue
+            part, total = units.parts[i], active.totals[i]
+            growth = random_scores(*units.key, name, 0, total)
+            if self.method.growth == "gradient":
+                growth = self.whole(part.start, part.gradient, total).abs()
+            self.first[name] = (
+                self.whole(part.start, active.parts[i].flags(), total).bool(),
+                self.whole(part.start, part.master, total).abs(),
+                growth,
+                int(fraction * active.sizes[i]),
+                self.whole(part.start, new.parts[i].flags(), total).bool(),
+            )
         return new
+
+    def whole(self, start, part, total):
+        full = torch.zeros(total)
+        full[start : start + part.numel()] = part.float()
+        return self.made.shards.sum_over_ranks(full)
 
 
 def train(corpus, out, config_changes, growth="exact"):
     """Losses, first update and last masks of a run; `growth="local"` breaks Contract 4."""
     losses = []
     with trainer(run_config(corpus, out, **config_changes)) as made:
-        recorder = made.controller.method = Recorder(made.controller.method, made.controller.layers)
+        recorder = made.controller.method = Recorder(made)
         if growth == "local":
             grow_from_local_gradients(made)
         after_every_step(made, lambda step, health, update: losses.append(health.loss))
@@ -61,18 +78,15 @@ def grow_from_local_gradients(made):
             local[name] = gradient.detach().clone().reshape(-1)
 
         made.shards.parameters[name].register_hook(keep)
-    inner = made.controller.before_step
 
-    def before_step(step):
-        finite = inner(step)
-        for name in made.controller._growth:
-            fragment = made.shards.fragment(name)
-            if fragment is not None:
-                end = fragment.start + fragment.numel
-                made.controller._growth[name] = local[name][fragment.start : end]
-        return finite
+    def stepped_gradient(fragment):
+        for name, gradient in local.items():
+            mine = made.shards.fragment(name)
+            if mine is not None and mine.master.data_ptr() == fragment.master.data_ptr():
+                return gradient[fragment.start : fragment.start + fragment.numel]
+        raise AssertionError("a fragment of no sparse layer")
 
-    made.controller.before_step = before_step
+    made.shards.stepped_gradient = stepped_gradient
 
 
 def first_update_problems(reference, other):

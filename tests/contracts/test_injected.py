@@ -68,7 +68,7 @@ def inject(corpus, out, path, arguments, changes):
     config = configuration(corpus, out, *arguments, **changes)
     values = load_file(path)
     with trainer(config) as made:
-        before = {n: p.active.numpy() for n, p in made.controller.patterns().items()}
+        before = {n: p.active.numpy() for n, p in made.controller.patterns()}
         edit(made, values)
         inner = made.controller.before_step
 
@@ -90,7 +90,7 @@ def inject(corpus, out, path, arguments, changes):
             name: (fragment.start, {k: t.clone().numpy() for k, t in fragment.tensors().items()})
             for name, fragment in made.shards.fragments()
         }
-        after = {n: p.active.numpy() for n, p in made.controller.patterns().items()}
+        after = {n: p.active.numpy() for n, p in made.controller.patterns()}
     return before, after, fragments
 
 
@@ -112,7 +112,7 @@ def part(values, kind, name, fragment):
 
 
 def edit(made, values):
-    patterns = made.controller.patterns()
+    patterns = dict(made.controller.patterns())
     with torch.no_grad():
         for name, fragment in made.shards.fragments():
             for kind, tensor in fragment.tensors().items():

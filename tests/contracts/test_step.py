@@ -8,7 +8,14 @@ import torch
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train.optim import optimizer_steps
-from tests.contracts.runs import after_every_step, masks, model_weights, run_config, trainer
+from tests.contracts.runs import (
+    after_every_step,
+    assemble,
+    masks,
+    model_weights,
+    run_config,
+    trainer,
+)
 from tests.ranks import run_ranks
 
 LAYOUTS = [(stage, "fp32", "none") for stage in (0, 1, 2, 3)]
@@ -197,7 +204,7 @@ def update_step_inputs(corpus, out, config_changes):
                 for name in made.shards.parameters:
                     fragment = made.shards.fragment(name)
                     local = None if fragment is None else fragment.master
-                    weights[name] = made.shards.assemble(name, local).clone()
+                    weights[name] = assemble(made, name, local).clone()
                 topology.update(masks(made))
                 batches.clear()
             result = inner(step, record(stream))

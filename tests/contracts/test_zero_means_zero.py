@@ -34,7 +34,7 @@ def watch(corpus, out, config_changes):
             assert {name: int(mask.sum()) for name, mask in now.items()} == expected
             assert made.controller.counts()[0] == sum(expected.values()) * b_out * b_in
             grown = 0
-            for name, pattern in made.controller.patterns().items():
+            for name, pattern in made.controller.patterns():
                 outside = ~pattern.expand().reshape(-1)
                 for start, weight in model_weights(made, name):
                     assert not weight[outside[start : start + weight.numel()]].any(), (step, name)
@@ -119,19 +119,25 @@ def test_the_first_topology_and_weights_do_not_depend_on_the_layout(corpus, tmp_
     assert len(digests) == 1
 
 
-def disagree(corpus, out):
-    from sparse_gpt.ops import Pattern
-
-    with trainer(run_config(corpus, out)) as made:
+def disagree(corpus, out, config_changes, message):
+    with trainer(run_config(corpus, out, **config_changes)) as made:
         made.controller.check_agreement()
         if torch.distributed.get_rank() == 1:
-            layer = made.controller.layers["h.1.mlp.fc2.weight"]
-            active = layer.pattern.active.clone()
-            active[0, 0] = ~active[0, 0]
-            layer.pattern = Pattern(active, layer.pattern.block)
-        with pytest.raises(RuntimeError, match="topologies differ"):
+            mask = made.controller.masks["h.1.mlp.fc2.weight"]
+            mask.bits.data[0] ^= 1
+        with pytest.raises(RuntimeError, match=message):
             made.controller.check_agreement()
 
 
-def test_one_differing_bit_is_noticed_by_every_rank(corpus, tmp_path):
-    run_ranks(2, disagree, corpus, str(tmp_path / "run"))
+@pytest.mark.parametrize(
+    ("stage", "block", "message"),
+    [
+        (2, [1, 1], "number of active units"),  # one owner a bit: only the count can be wrong
+        (0, [1, 1], "topologies differ"),
+        (2, [2, 4], "topologies differ"),
+    ],
+)
+def test_one_differing_bit_is_noticed_by_every_rank(corpus, tmp_path, stage, block, message):
+    structure = {} if block == [1, 1] else {"type": "block", "block": block}
+    config_changes = {"deepspeed__zero_stage": stage, "sparsity__structure": structure}
+    run_ranks(2, disagree, corpus, str(tmp_path / "run"), config_changes, message)

@@ -3,17 +3,17 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
+from sparse_gpt.topology.units import Units, UnitSet
 
 Growth = Literal["none", "random", "gradient"]
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method: how it grows, and its update as a pure function of scores.
+    """A method: how it grows, and its update in terms of units and their scores.
 
-    `growth` tells the controller which scores to provide: none (the topology never changes),
-    random ones, or those of the averaged dense gradient of the whole global batch.
+    `growth` tells the controller what to provide: none (the topology never changes), random
+    scores, or the averaged dense gradient of the whole global batch.
     """
 
     name: str
@@ -23,6 +23,6 @@ class Method:
     def dynamic(self) -> bool:
         return self.growth != "none"
 
-    def update(self, active: Tensor, magnitude: Tensor, growth: Tensor, count: int) -> Tensor:
-        """New active units from the old ones; `count` of them change at most."""
+    def update(self, units: Units, active: UnitSet, fraction: float) -> UnitSet:
+        """New active units from the old ones; `fraction` of them are dropped. A collective."""
         raise TypeError(f"method {self.name!r} has no topology update")

@@ -1,0 +1,95 @@
+"""Scores as ordered integers: what the selection over shards compares.
+
+A key is an int32 in `[0, 2^31)`; the larger key is taken first. The bits of a finite fp32
+magnitude, read as an integer, are ordered as the magnitudes are (denormals included), so keys
+compare exactly as the scores do.
+"""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from sparse_gpt.topology.bits import Bits
+from sparse_gpt.topology.random import RandomKey
+
+_MAGNITUDE = 0x7FFFFFFF
+_INFINITY = 0x7F800000
+
+
+class Source(ABC):
+    """This rank's part of a layer's candidates: positions `start .. start + numel - 1` of `total`.
+
+    `base` is the canonical position of the layer's first unit among all those it is compared with.
+    """
+
+    uniform = False  # whether keys are uniform over [0, 2^31): then no sample is needed
+
+    def __init__(self, candidates: Bits, start: int, total: int, base: int = 0) -> None:
+        self.candidates, self.start, self.total, self.base = candidates, start, total, base
+
+    @property
+    def numel(self) -> int:
+        return self.candidates.numel
+
+    @property
+    def device(self) -> torch.device:
+        return self.candidates.data.device
+
+    @abstractmethod
+    def keys(self, start: int, stop: int) -> Tensor:
+        """int32 keys of local positions `[start, stop)`, candidates or not."""
+
+    @abstractmethod
+    def keys_at(self, positions: Tensor) -> Tensor:
+        """The same for some local positions, int64 `[n]`."""
+
+    def is_finite(self, keys: Tensor) -> Tensor | None:
+        """0-d bool: whether all scores behind some keys are finite; None where they must be."""
+        return None
+
+
+class LargestMagnitude(Source):
+    """Largest |value| first. `values`: fp32 or lower, 1-D, of this rank's part."""
+
+    def __init__(self, values: Tensor, candidates: Bits, start: int, total: int, base: int = 0):
+        super().__init__(candidates, start, total, base)
+        self.values = values
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        return self.values[start:stop].float().view(torch.int32) & _MAGNITUDE
+
+    def keys_at(self, positions: Tensor) -> Tensor:
+        return self.values[positions].float().view(torch.int32) & _MAGNITUDE
+
+    def is_finite(self, keys: Tensor) -> Tensor:
+        return keys.max() < _INFINITY
+
+
+class SmallestMagnitude(LargestMagnitude):
+    """Smallest |value| first."""
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        return super().keys(start, stop).bitwise_xor_(_MAGNITUDE)
+
+    def keys_at(self, positions: Tensor) -> Tensor:
+        return super().keys_at(positions).bitwise_xor_(_MAGNITUDE)
+
+    def is_finite(self, keys: Tensor) -> Tensor:
+        return keys.min() > _MAGNITUDE - _INFINITY
+
+
+class Random(Source):
+    """Random order, a function of the key and the position in the layer."""
+
+    uniform = True
+
+    def __init__(self, key: RandomKey, candidates: Bits, start: int, total: int, base: int = 0):
+        super().__init__(candidates, start, total, base)
+        self.key = key
+
+    def keys(self, start: int, stop: int) -> Tensor:
+        return self.key.range(self.start + start, self.start + stop, self.device)
+
+    def keys_at(self, positions: Tensor) -> Tensor:
+        return self.key.scores(positions + self.start)

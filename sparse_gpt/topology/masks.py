@@ -1,0 +1,106 @@
+"""What one rank holds of a layer's mask, and what it does to tensors.
+
+Unstructured masks are sharded like the weights they belong to: a rank holds the bits of its
+fragment. Masks of blocks are a bit a block, and every rank holds all of them.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_gpt.topology.bits import Bits, chunks
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The mask of a `[out, in]` weight; `bits` are its units `start .. start + bits.numel - 1`.
+
+    A unit is a weight, or a `block`; its canonical index is row-major in the weight, or in the
+    grid of blocks. `active` counts the active units of the whole layer, over all ranks.
+    """
+
+    shape: tuple[int, int]
+    block: tuple[int, int]
+    bits: Bits
+    start: int
+    active: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.shape[0] // self.block[0], self.shape[1] // self.block[1]
+
+    @property
+    def units(self) -> int:
+        """Units of the whole layer."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def block_size(self) -> int:
+        return self.block[0] * self.block[1]
+
+    @property
+    def sharded(self) -> bool:
+        return self.block_size == 1
+
+    def flags(self, start: int, stop: int) -> Tensor:
+        """0/1 uint8 of elements `[start, stop)` of the flattened weight: 1 inside the mask."""
+        if self.sharded:
+            return self.bits.flags(start - self.start, stop - self.start)
+        out_size, in_size = self.block
+        width, columns = self.shape[1], self.grid[1]
+        first, last = start // width // out_size, -(-stop // width // out_size)
+        # Bits are read from multiples of 8.
+        before = first * columns % 8
+        blocks = self.bits.flags(first * columns - before, last * columns)[before:]
+        rows = blocks.view(-1, columns).repeat_interleave(in_size, dim=1)
+        bands = rows[:, None].expand(-1, out_size, -1).reshape(-1)
+        offset = first * out_size * width
+        return bands[start - offset : stop - offset]
+
+    def zero_outside_(self, values: Tensor, start: int) -> None:
+        """Make elements outside the mask exactly 0 in place.
+
+        `values [n]`: elements `start .. start + n - 1` of the flattened weight, of any dtype.
+        A selection by bits, not a product: infinities and NaN outside become 0 too.
+        """
+        mask = self.on(values.device)
+        integers = values.view(_INTEGERS[values.element_size()])
+        for first, last in chunks(values.numel(), values.device):
+            flags = mask.flags(start + first, start + last)
+            integers[first:last].bitwise_and_(flags.to(integers.dtype).neg_())
+
+    def square_sum(self, values: Tensor, start: int) -> Tensor:
+        """0-d fp64: sum of squares of the elements inside the mask, without changing them."""
+        mask = self.on(values.device)
+        total = torch.zeros((), dtype=torch.float64, device=values.device)
+        for first, last in chunks(values.numel(), values.device):
+            chunk = values[first:last].float().clone()
+            mask.zero_outside_(chunk, start + first)
+            total += torch.linalg.vector_norm(chunk).double() ** 2
+        return total
+
+    def on(self, device: torch.device) -> "LayerMask":
+        """The same on another device."""
+        if self.bits.data.device == device:
+            return self
+        return LayerMask(self.shape, self.block, self.bits.to(device), self.start, self.active)
+
+
+@dataclass(frozen=True)
+class SavedLayer:
+    """A sparse layer as it was saved: its grid of blocks, the block, and active blocks."""
+
+    grid: tuple[int, int]
+    block: tuple[int, int]
+    active: int
+
+    @property
+    def weights(self) -> int:
+        return self.grid[0] * self.grid[1] * self.block[0] * self.block[1]
+
+    @property
+    def active_weights(self) -> int:
+        return self.active * self.block[0] * self.block[1]
