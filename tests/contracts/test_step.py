@@ -279,19 +279,23 @@ def clipped_run(corpus, out, config_changes):
     """Norm before and after clipping, over all ranks, of every step."""
     import sparse_gpt.train.loop as loop
 
-    norms, inner = [], loop.clip_gradients
+    norms, inner, inspect = [], loop.clip_gradients, loop.inspect_step
+    last = []
+
+    def remember(*arguments):
+        last[:] = arguments
+        return inspect(*arguments)
 
     def clip(shards, norm, max_norm):
         inner(shards, norm, max_norm)
-        zero, true = torch.zeros(()), torch.ones((), dtype=torch.bool)
-        norms.append((norm, loop.inspect_step(shards, zero, true).grad_norm))
+        norms.append((norm, inspect(*last).grad_norm))
 
-    loop.clip_gradients = clip
+    loop.clip_gradients, loop.inspect_step = clip, remember
     try:
         with trainer(run_config(corpus, out, **config_changes)) as made:
             made.fit()
     finally:
-        loop.clip_gradients = inner
+        loop.clip_gradients, loop.inspect_step = inner, inspect
     return norms
 
 
