@@ -24,6 +24,7 @@ from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.checkpoint_files import open_checkpoint
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
+from sparse_gpt.train.every_rank import check_nodes
 from sparse_gpt.train.loop import Evaluation, Trainer
 
 
@@ -42,6 +43,7 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
             f"mode: sparse, but {config.checkpoint} has no masks to keep; set mode: dense"
         )
     run = run_config(config, source, dist.get_world_size())
+    check_nodes(run)
     trainer = Trainer(run, source)
     trainer.metrics.say(dump_yaml(config).rstrip())
     state = replace(trainer.fit())  # loading the best checkpoint brings back its own state

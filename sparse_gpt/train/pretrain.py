@@ -9,6 +9,7 @@ from sparse_gpt.config_file import dump_yaml, load_config
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.plan import plan, render
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
+from sparse_gpt.train.every_rank import check_nodes
 from sparse_gpt.train.loop import Trainer, TrainState
 
 
@@ -21,6 +22,7 @@ def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainSta
     source = ImportedWeights(config.init_from) if config.init_from else None
     init_ranks()
     log_on_first_rank()
+    check_nodes(config)
     trainer = Trainer(config, source)
     trainer.metrics.say(dump_yaml(config).rstrip())
     trainer.metrics.say(

@@ -1,0 +1,71 @@
+"""What every rank must be able to do: where one cannot, all of them learn of it."""
+
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sparse_gpt.config import RunConfig
+from sparse_gpt.errors import UserError
+from sparse_gpt.train.build import open_sources
+from sparse_gpt.train.first_rank import on_first_rank
+
+LOOK_SECONDS = 5.0  # a network file system may show a new file late
+
+
+def on_every_rank(action: Callable[[], object], where: str) -> None:
+    """Run `action` on every rank. A collective.
+
+    An `OSError` or `UserError` of any rank is raised on all of them as a `UserError`, so that no
+    rank waits for one that has gone. It names the rank and its node unless all met the same.
+    """
+    problem = ""
+    try:
+        action()
+    except UserError as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{where}: {error}"
+    met: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(met, (problem, socket.gethostname()))
+    said = {rank: text for rank, (text, _) in enumerate(met) if text}
+    if not said:
+        return
+    rank, text = next(iter(said.items()))
+    if len(said) < len(met):
+        text += f" (rank {rank} on {met[rank][1]}; {len(said)} of {len(met)} ranks)"
+    raise UserError(text)
+
+
+def check_nodes(config: RunConfig) -> None:
+    """Refuse a run whose ranks do not all see the output folder and the data. A collective."""
+    name = on_first_rank(lambda: _leave_probe(config.run_dir), "output_dir")
+    probe = config.run_dir / name
+    try:
+        on_every_rank(lambda: _look_for(probe), "output_dir")
+    finally:
+        on_first_rank(probe.unlink, "output_dir")
+    on_every_rank(lambda: open_sources(config.data), "data")
+
+
+def _leave_probe(folder: Path) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    # A name that no node can remember as missing.
+    name = f".probe-{uuid.uuid4().hex}"
+    (folder / name).touch()
+    return name
+
+
+def _look_for(probe: Path) -> None:
+    deadline = time.monotonic() + LOOK_SECONDS
+    while not os.path.exists(probe):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"output_dir: {probe.parent} is not the folder that rank 0 writes to; all nodes "
+                "must share it"
+            )
+        time.sleep(0.1)
