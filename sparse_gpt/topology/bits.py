@@ -77,8 +77,8 @@ class Bits:
         """The positions in the set, int64, ascending; cheap where they are few."""
         if self.data.device.type == "cpu":
             data = self.data.numpy()
-            bytes_in = np.flatnonzero(data)
-            bits = np.flatnonzero(np.unpackbits(data[bytes_in]))
+            bytes_in = np.flatnonzero(data != 0)  # searching bools is vectorised
+            bits = np.flatnonzero(np.unpackbits(data[bytes_in]).view(np.bool_))
             return torch.from_numpy(bytes_in[bits >> 3] * 8 + (bits & 7))
         place = self.data.nonzero().view(-1)
         inside = unpack(self.data[place]).view(-1, 8).nonzero()

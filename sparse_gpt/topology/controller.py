@@ -272,8 +272,7 @@ class TopologyController:
             kept = self.masks[name]
             if mask.active:
                 kept = replace(mask, bits=mask.bits & bits)
-            for tensor in fragment.tensors().values():
-                kept.zero_outside_(tensor, fragment.start)
+            kept.zero_outside_(list(fragment.tensors().values()), fragment.start)
         if self.show_patterns:
             for name, pattern in self.patterns(names):
                 self.layers[name].pattern = pattern

@@ -4,6 +4,7 @@ Unstructured masks are sharded like the weights they belong to: a rank holds the
 fragment. Masks of blocks are a bit a block, and every rank holds all of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,17 +61,20 @@ class LayerMask:
         offset = first * out_size * width
         return bands[start - offset : stop - offset]
 
-    def zero_outside_(self, values: Tensor, start: int) -> None:
+    def zero_outside_(self, values: Tensor | Sequence[Tensor], start: int) -> None:
         """Make elements outside the mask exactly 0 in place.
 
-        `values [n]`: elements `start .. start + n - 1` of the flattened weight, of any dtype.
-        A selection by bits, not a product: infinities and NaN outside become 0 too.
+        `values`, one or several `[n]` of any dtype on one device: elements `start .. start + n - 1` of the flattened
+        weight. A selection by bits, not a product: infinities and NaN outside become 0 too.
         """
-        mask = self.on(values.device)
-        integers = values.view(_INTEGERS[values.element_size()])
-        for first, last in chunks(values.numel(), values.device):
+        values = [values] if isinstance(values, Tensor) else list(values)
+        mask = self.on(values[0].device)
+        integers = [value.view(_INTEGERS[value.element_size()]) for value in values]
+        for first, last in chunks(values[0].numel(), values[0].device):
             flags = mask.flags(start + first, start + last)
-            integers[first:last].bitwise_and_(flags.to(integers.dtype).neg_())
+            keep = flags.to(integers[0].dtype).neg_()
+            for value in integers:
+                value[first:last].bitwise_and_(keep.to(value.dtype))
 
     def square_sum(self, values: Tensor, start: int) -> Tensor:
         """0-d fp64: sum of squares of the elements inside the mask, without changing them."""

@@ -26,8 +26,8 @@ Reduce = Callable[[Tensor], Tensor]
 
 TOP = 0x7FFFFFFF  # the largest key
 BINS = 2048
-SAMPLE = 1 << 14  # positions a layer
-SIGMAS = 5.0  # half width of the proposed bracket, in standard deviations of its rank
+SAMPLE = 1 << 13  # positions a layer; a power of two
+SIGMAS = 4.0  # half width of the proposed bracket, in standard deviations of its rank
 KEPT_SHARE = 1 / 8  # of the candidates: more are not kept between rounds but looked for again
 
 _JITTER = RandomKey.of(0, 0, "sample")
@@ -157,62 +157,64 @@ def _propose(live: list[tuple[_Group, list[_Part]]], reduce: Reduce) -> None:
             sampled.append((group, parts))
     if not sampled:
         return
-    slots = max(sum(_slots(part.source, len(parts)) for part in parts) for _, parts in sampled)
     device = sampled[0][1][0].source.device
-    sample = torch.zeros(len(sampled), slots, dtype=torch.int32, device=device)
-    weights = np.zeros((len(sampled), slots))
-    for row, (_, parts) in enumerate(sampled):
-        column = 0
-        for part in parts:
-            source, many = part.source, _slots(part.source, len(parts))
-            weights[row, column : column + many] = source.total / many
-            slot, at = _sample_positions(source, many)
+    shares = [[_sample_size(part.source, len(parts)) for part in parts] for _, parts in sampled]
+    sample = torch.zeros(len(sampled), max(map(sum, shares)), dtype=torch.int32, device=device)
+    for row, (_, parts), sizes in zip(sample, sampled, shares):
+        for part, size, slots in zip(parts, sizes, row.split([*sizes, row.numel() - sum(sizes)])):
+            slot, at = _sample_positions(part.source, size)
             if at.numel():
-                at, slot = at[mine := source.candidates.at(at).bool()], slot[mine]
+                at, slot = at[mine := part.source.candidates.at(at).bool()], slot[mine]
                 # A candidate is its key + 1; 0 stays for what is none.
-                sample[row, column + slot] = source.keys_at(at).clamp_(max=TOP - 1) + 1
-            column += many
-    for (group, _), keys, weight in zip(sampled, reduce(sample).cpu().numpy(), weights):
-        _propose_from(group, keys, weight)
+                slots[slot] = part.source.keys_at(at).clamp_(max=TOP - 1).add_(1)
+    found = reduce(sample).cpu().numpy()
+    for (group, parts), keys, sizes in zip(sampled, found, shares):
+        if len(parts) == 1:
+            _propose_from(group, np.sort(keys)[::-1][: np.count_nonzero(keys)], None)
+            continue
+        weights = np.concatenate(
+            [np.full(size, part.source.total / size) for part, size in zip(parts, sizes)]
+        )
+        order = np.argsort(keys[: weights.size])[::-1][: np.count_nonzero(keys)]
+        _propose_from(group, keys[order], weights[order])
 
 
-def _sample_positions(source: Source, many: int) -> tuple[Tensor, Tensor]:
-    """One random position in each of `many` even ranges of the layer: (range, local position)."""
-    first = max(0, source.start * many // source.total - 1)
-    last = min(many, -(-(source.start + source.numel) * many // source.total) + 1)
+def _sample_size(source: Source, layers: int) -> int:
+    """Positions of a layer that are sampled: all of them, or a power of two."""
+    size = SAMPLE if layers == 1 else max(256, 4 * SAMPLE >> (layers - 1).bit_length())
+    return min(source.total, size)
+
+
+def _sample_positions(source: Source, size: int) -> tuple[Tensor, Tensor]:
+    """One random position in each of `size` even ranges of the layer: (range, local position)."""
+    first = max(0, source.start * size // source.total - 1)
+    last = min(size, -(-(source.start + source.numel) * size // source.total) + 1)
     slot = torch.arange(first, last, dtype=torch.int64, device=source.device)
-    jitter = _JITTER.scores(slot) % max(1, source.total // many)
-    at = slot * source.total // many + jitter - source.start
+    at = slot
+    if size < source.total:
+        jitter = _JITTER.scores(slot).to(torch.int64) * source.total >> 31
+        at = slot * source.total + jitter >> size.bit_length() - 1
+    at = at - source.start
     here = (at >= 0) & (at < source.numel)
     return slot[here], at[here]
 
 
-def _slots(source: Source, layers: int) -> int:
-    return min(source.total, max(256, SAMPLE * 4 // layers) if layers > 1 else SAMPLE)
-
-
-def _propose_from(group: _Group, keys: np.ndarray, weights: np.ndarray) -> None:
-    """A bracket of `SIGMAS` standard deviations around the sample's quantile."""
-    if np.ptp(weights[weights > 0]) == 0:
-        keys = np.sort(keys)[::-1]  # far faster than finding the order
-        keys = keys[: np.count_nonzero(keys)]
-        weights = np.full(keys.size, weights[0])
-    else:
-        order = np.argsort(keys, kind="stable")[::-1][: np.count_nonzero(keys)]
-        keys, weights = keys[order], weights[order]
+def _propose_from(group: _Group, keys: np.ndarray, weights: np.ndarray | None) -> None:
+    """A bracket of `SIGMAS` standard deviations around the quantile of a descending sample."""
     if not keys.size:
         return
-    total = weights.sum()
-    rank = np.cumsum(weights)
-    middle = group.k / group.candidates * total
     share = group.k / group.candidates
-    half = SIGMAS * (share * (1 - share) * keys.size) ** 0.5 * total / keys.size
-    i = int(np.searchsorted(rank, middle - half)) - 1
-    j = int(np.searchsorted(rank, middle + half)) + 1
-    high = int(keys[i]) - 1 if i >= 0 else TOP
-    low = int(keys[j]) - 1 if j < keys.size else 0
-    inside = float(weights[(keys > low) & (keys <= high + 1)].sum() / total)
-    group.propose(low, high, inside)
+    rank = np.arange(1, keys.size + 1) if weights is None else np.cumsum(weights)
+    total = float(rank[-1])
+    half = SIGMAS * (share * (1 - share) / keys.size) ** 0.5 * total
+    i, j = np.searchsorted(rank, (share * total - half, share * total + half))
+    high = int(keys[i - 1]) - 1 if i > 0 else TOP
+    low = int(keys[j + 1]) - 1 if j + 1 < keys.size else 0
+    # Ranks of the first and last sampled key inside; ties may widen it.
+    begin = int(np.searchsorted(-keys, -(high + 1), "left"))
+    end = int(np.searchsorted(-keys, -(low + 1), "right"))
+    inside = rank[end - 1] - (rank[begin - 1] if begin else 0) if end > begin else 0
+    group.propose(low, high, float(inside) / total)
 
 
 def _round(live: list[tuple[_Group, list[_Part]]], reduce: Reduce, check: bool) -> None:
@@ -244,36 +246,35 @@ def _split(keys: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """
     if keys.device.type == "cpu":
         array = keys.numpy()
-        # One unsigned comparison for both ends: a negative difference is a large number.
-        inside = (array - np.int32(low)).view(np.uint32) <= np.uint32(high - low)
-        return pack(torch.from_numpy(array > high)), pack(torch.from_numpy(inside))
-    return pack(keys > high), pack((keys >= low) & (keys <= high))
+        above, upwards = np.packbits(array > high), np.packbits(array >= low)
+        return torch.from_numpy(above), torch.from_numpy(upwards & ~above)
+    above = pack(keys > high)
+    return above, pack(keys >= low) & ~above
 
 
 def _count_all(group: _Group, part: _Part, row: Tensor, keep: bool, check: bool) -> None:
     """A pass over everything a source holds; keeps what is inside the bracket if asked to."""
-    source, above, inside = part.source, [], []
+    source, above, places, found = part.source, [], [], []
     for start, stop in chunks(source.numel, source.device):
         keys = source.keys(start, stop)
         finite = source.is_finite(keys) if check else None
         if finite is not None:
             row[0] += ~finite
-        higher, within = _split(keys, group.low, group.high)
+        higher, inside = _split(keys, group.low, group.high)
         above.append(higher)
-        candidates = source.candidates.data[start // 8 : -(-stop // 8)]
-        within &= candidates
+        inside &= source.candidates.data[start // 8 : -(-stop // 8)]
+        place = Bits(inside, stop - start).positions()
         if keep:
-            inside.append(within)
+            places.append((place + start).to(torch.int32))
+            found.append(keys[place])
         else:  # nothing grows with what lies inside
-            found = Bits(within, stop - start).positions()
-            _add_bins(group, source, found + start, keys[found], row[2:])
+            _add_bins(group, source, place + start, keys[place], row[2:])
     if not above:
         return
     part.above = Bits(torch.cat(above), source.numel) & source.candidates
     row[1] += part.above.count()
     if keep:
-        found = Bits(torch.cat(inside), source.numel).positions()
-        part.found, part.keys = found.to(torch.int32), source.keys_at(found)
+        part.found, part.keys = torch.cat(places), torch.cat(found)
         _add_bins(group, source, part.found, part.keys, row[2:])
 
 
