@@ -20,16 +20,31 @@ def main() -> int:
     parser.add_argument(
         "--vocab-size", type=int, help="default: that of the data, or of GPT-2 without data"
     )
+    parser.add_argument(
+        "--updates",
+        type=int,
+        nargs="*",
+        metavar="N",
+        help="estimate topology updates on N GPUs each instead (default 8 16 ... 1024)",
+    )
+    cluster = parser.add_argument_group("the cluster, for --updates (default: H100 SXM, bf16)")
+    cluster.add_argument("--memory-gbs", type=float, default=3350, help="GB/s of a GPU's memory")
+    cluster.add_argument("--network-gbs", type=float, default=50, help="GB/s of network a GPU")
+    cluster.add_argument("--latency-us", type=float, default=50, help="microseconds an exchange")
+    cluster.add_argument("--peak-tflops", type=float, default=989, help="of a GPU")
+    cluster.add_argument("--mfu", type=float, default=0.4, help="share of the peak in training")
     parser.add_argument("--json", action="store_true", help="machine-readable, exact integers")
     args = parser.parse_intermixed_args()
-    for flag, value in (("--gpus", args.gpus), ("--vocab-size", args.vocab_size)):
-        if value is not None and value < 1:
-            raise UserError(f"{flag}: {value} is not a positive number")
+    flags = ("gpus", "vocab_size", "memory_gbs", "network_gbs", "latency_us", "peak_tflops", "mfu")
+    numbers = [(flag, getattr(args, flag)) for flag in flags]
+    for flag, value in numbers + [("updates", value) for value in args.updates or ()]:
+        if value is not None and not value > 0:
+            raise UserError(f"--{flag.replace('_', '-')}: {value} is not a positive number")
 
     from sparse_gpt.config_file import load_config
     from sparse_gpt.data.megatron import is_megatron
     from sparse_gpt.data.shards import open_data
-    from sparse_gpt.plan import plan, render
+    from sparse_gpt.plan import Cluster, plan, render, update_table
 
     config = load_config(args.config, args.overrides)
     vocab_size, source = args.vocab_size, config.data[0]
@@ -47,6 +62,17 @@ def main() -> int:
             f"{vocab_size}; --vocab-size gives another",
             file=sys.stderr,
         )
+    if args.updates is not None:
+        gpus = args.updates or [2**i for i in range(3, 11)]
+        cluster_figures = Cluster(
+            memory=args.memory_gbs * 1e9,
+            network=args.network_gbs * 1e9,
+            latency=args.latency_us * 1e-6,
+            peak=args.peak_tflops * 1e12,
+            mfu=args.mfu,
+        )
+        print(update_table([plan(config, vocab_size, n) for n in gpus], cluster_figures))
+        return 0
     result = plan(config, vocab_size, args.gpus)
     print(json.dumps(result.as_dict(), indent=2) if args.json else render(result))
     return 0

@@ -11,7 +11,8 @@ class StageMemory:
     """Bytes a rank holds at one ZeRO stage.
 
     `gradients` are the fp32 accumulation; `optimizer` Adam's moments and the fp32 master;
-    `masks` one byte a block on every rank. Buffers of the communication are not counted.
+    `masks` a bit a weight, sharded with the optimizer, or a bit a block on every rank. Buffers of
+    the communication are not counted.
     """
 
     weights: int
@@ -26,9 +27,17 @@ class StageMemory:
 
 
 def states(
-    parameters: int, units: int, activations: int, precision: str, stage: int, ranks: int
+    parameters: int,
+    units: int,
+    block_size: int,
+    activations: int,
+    precision: str,
+    stage: int,
+    ranks: int,
 ) -> StageMemory:
     """Bytes a rank at a ZeRO stage: 1 shards the optimizer, 2 the gradients too, 3 all.
+
+    `units`: weights of the sparse layers, or their blocks of `block_size` weights.
 
     bf16: 2 (weights) + 4 (gradients) + 12 (master, moments) a parameter. fp32: 4 + 4 + 12, of
     which stage 0 has no separate master: 4 + 4 + 8. Shards are rounded up.
@@ -44,7 +53,7 @@ def states(
         weights=share(2 if precision == "bf16" else 4, 3),
         gradients=share(4, 2),
         optimizer=share(8 if stage == 0 else 12, 1),
-        masks=units,
+        masks=-(-units // 8 // (ranks if stage and block_size == 1 else 1)),
         activations=activations,
     )
 
@@ -77,6 +86,7 @@ def by_stage(
     config: GPTConfig,
     parameters: int,
     units: Mapping[str, int],
+    block_size: int,
     batch: int,
     seq_len: int,
     precision: str,
@@ -87,6 +97,8 @@ def by_stage(
         config, batch, seq_len, precision, config.activation_checkpointing
     )
     return {
-        stage: states(parameters, sum(units.values()), activations, precision, stage, ranks)
+        stage: states(
+            parameters, sum(units.values()), block_size, activations, precision, stage, ranks
+        )
         for stage in range(1 if precision == "bf16" else 0, 4)
     }

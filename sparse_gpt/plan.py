@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparse_gpt.config import RunConfig
+from sparse_gpt.errors import UserError
 from sparse_gpt.ift.iso_flop import Residual, residual
 from sparse_gpt.memory import StageMemory, activation_bytes, by_stage
 from sparse_gpt.model.flops import FlopsLedger, sequence_flops
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.sparse_units import sparse_units
+from sparse_gpt.topology.cost import UpdateCost, update_cost
 from sparse_gpt.topology.methods import METHODS
 
 
@@ -64,6 +67,8 @@ class Plan:
     activations: int  # a rank's, without activation checkpointing
     activations_checkpointed: int
     checkpoint_bytes: int
+    update: UpdateCost | None  # of a topology update of a rank; None where there are none
+    update_freq: int
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; the memory of a stage with its total, the residual as its excess."""
@@ -147,11 +152,23 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         precision=precision,
         zero_stage=config.deepspeed.zero_stage,
         offload_optimizer=config.deepspeed.offload_optimizer,
-        memory=by_stage(gpt, parameters, all_units, micro, config.seq_len, precision, world_size),
+        memory=by_stage(
+            gpt, parameters, all_units, block, micro, config.seq_len, precision, world_size
+        ),
         activations=activation_bytes(*memory_args, checkpointing=False),
         activations_checkpointed=activation_bytes(*memory_args, checkpointing=True),
         # fp32 master and two moments, and a bit a block.
         checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in all_units.values()),
+        update=update_cost(
+            method,
+            [count * block for count in all_units.values()],
+            block,
+            parameters,
+            world_size if config.deepspeed.zero_stage else 1,
+        )
+        if updates
+        else None,
+        update_freq=config.sparsity.update.freq,
     )
 
 
@@ -203,6 +220,12 @@ def render(plan: Plan) -> str:
         f"{_bytes(plan.activations_checkpointed)}",
         f"  checkpoint   {_bytes(plan.checkpoint_bytes)}",
     ]
+    if plan.update is not None:
+        u = plan.update
+        lines.append(
+            f"  update       {u.exchanges} exchanges, {_bytes(u.sent)} sent a rank and "
+            f"{_bytes(u.extra)} more memory, every {plan.update_freq} steps (times: --updates)"
+        )
     return "\n".join(lines)
 
 
@@ -219,3 +242,58 @@ def _bytes(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What times are estimated from: a GPU's memory and network in bytes/s, its peak in FLOP/s.
+
+    `latency`: seconds an exchange takes however small; `mfu`: share of the peak that training
+    reaches. The defaults are an H100 SXM in bf16 with 400 Gbit/s of network a GPU.
+    """
+
+    memory: float = 3.35e12
+    network: float = 50e9
+    latency: float = 50e-6
+    peak: float = 989e12
+    mfu: float = 0.4
+
+
+def update_table(plans: Sequence[Plan], cluster: Cluster) -> str:
+    """Topology updates of one run on different numbers of GPUs, a line a number.
+
+    Bytes and exchanges are counted; times follow from the cluster's figures. The training step
+    is what masked storage computes.
+    """
+    head = (
+        f"  {'GPUs':>6} {'exchanges':>9} {'sent/layer':>11} {'sent':>10} {'extra memory':>13} "
+        f"{'update':>10} {'/Adam':>6} {'step':>10} {'of training':>11}"
+    )
+    lines = [
+        f"topology updates: {plans[0].name}, {plans[0].parameters:,} parameters, "
+        f"{plans[0].algorithm}, every {plans[0].update_freq} steps, ZeRO {plans[0].zero_stage}",
+        f"  estimated for {cluster.memory / 1e9:.0f} GB/s memory, {cluster.network / 1e9:g} GB/s "
+        f"network and {cluster.peak / 1e12:.0f} TFLOP/s a GPU at {cluster.mfu:.0%}, "
+        f"{cluster.latency * 1e6:g} us an exchange",
+        head,
+    ]
+    for plan in plans:
+        cost = plan.update
+        if cost is None:
+            raise UserError("sparsity: this run has no topology updates to estimate")
+        seconds = cost.seconds(cluster.memory, cluster.network, cluster.latency)
+        tokens = plan.global_batch_size * plan.seq_len
+        flops = tokens * plan.masked_flops_per_token
+        step = flops / (plan.ranks * cluster.peak * cluster.mfu)
+        share = seconds / (plan.update_freq * step + seconds)
+        layers = 6 * plan.model.n_layer
+        lines.append(
+            f"  {plan.ranks:>6} {cost.exchanges:>9} {_bytes(cost.sent // layers):>11} "
+            f"{_bytes(cost.sent):>10} {_bytes(cost.extra):>13} {_time(seconds):>10} "
+            f"{seconds / (cost.adam / cluster.memory):>5.1f}x {_time(step):>10} {share:>11.4%}"
+        )
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"

@@ -60,7 +60,7 @@ def test_checkpointing_keeps_one_block_whole():
 
 
 def test_states_of_bf16():
-    memory = [states(1000, 0, 0, "bf16", stage, 4) for stage in (1, 2, 3)]
+    memory = [states(1000, 0, 1, 0, "bf16", stage, 4) for stage in (1, 2, 3)]
     assert [(m.weights, m.gradients, m.optimizer) for m in memory] == [
         (2000, 4000, 3000),
         (2000, 1000, 3000),
@@ -70,19 +70,22 @@ def test_states_of_bf16():
 
 
 def test_states_of_fp32():
-    memory = [states(1000, 7, 5, "fp32", stage, 3) for stage in range(4)]
+    memory = [states(1000, 700, 1, 5, "fp32", stage, 3) for stage in range(4)]
     assert [(m.weights, m.gradients, m.optimizer) for m in memory] == [
         (4000, 4000, 8000),
         (4000, 4000, 4008),
         (4000, 1336, 4008),
         (1336, 1336, 4008),
     ]
-    assert memory[0].total == 16012
+    assert memory[0].total == 16000 + 88 + 5
+    # A bit a weight, sharded with the optimizer; a bit a block on every rank.
+    assert [m.masks for m in memory] == [88, 30, 30, 30]
+    assert [states(1000, 50, 16, 5, "fp32", stage, 3).masks for stage in (0, 3)] == [7, 7]
 
 
 def test_bf16_has_no_stage_0():
     with pytest.raises(ValueError, match="no ZeRO stage 0"):
-        states(1000, 0, 0, "bf16", 0, 4)
+        states(1000, 0, 1, 0, "bf16", 0, 4)
     config = gpt_config(2)
-    assert list(by_stage(config, 9, {}, 1, 32, "bf16", 1)) == [1, 2, 3]
-    assert list(by_stage(config, 9, {"w": 4}, 1, 32, "fp32", 1)) == [0, 1, 2, 3]
+    assert list(by_stage(config, 9, {}, 1, 1, 32, "bf16", 1)) == [1, 2, 3]
+    assert list(by_stage(config, 9, {"w": 4}, 1, 1, 32, "fp32", 1)) == [0, 1, 2, 3]

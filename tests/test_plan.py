@@ -94,7 +94,7 @@ def test_blocks_are_counted_whole():
     assert inactive == 12 * (4 * wide["d_model"] ** 2 + 2 * wide["d_model"] * wide["d_ff"]) - sum(
         counts.values()
     )
-    assert result.memory[2].masks * 512 == inactive + sum(counts.values())
+    assert result.memory[2].masks * 8 * 512 == inactive + sum(counts.values())
     kept = sum(counts.values())
     assert result.achieved_sparsity == 1 - kept / (kept + inactive)
     assert result.sparsity == 0.9
@@ -208,3 +208,40 @@ def test_the_vocabulary_is_that_of_the_data(tmp_path):
 def test_a_bad_flag_is_one_line(tmp_path):
     done = run(str(tmp_path / "none.yaml"), "--gpus", "0")
     assert (done.returncode, done.stderr) == (2, "error: --gpus: 0 is not a positive number\n")
+
+
+def test_the_cost_of_updates_is_in_the_plan():
+    rigl = config(sparsity={"sparsity": 0.75, "algorithm": "rigl"})
+    one, many = plan(rigl, VOCAB, 1), plan(rigl, VOCAB, 32)
+    assert one.update is not None
+    assert many.update is not None
+    assert one.update.sent == 0
+    # Samples of 8,192 and two histograms of 2,050 numbers a layer, for the drop and the growth;
+    # and what checks them.
+    assert many.update.payload == 72 * (2 * 4 * 8192 + 4 * 4 * 2050 + 2 * 8)
+    assert many.update.sent == 2 * many.update.payload * 31 // 32
+    assert many.update.sent / 72 < 1e6
+    assert many.update.exchanges == one.update.exchanges == 8
+    assert many.update.extra < one.update.extra / 4
+    assert "8 exchanges" in render(many)
+    assert plan(config(sparsity={"sparsity": 0.75, "algorithm": "static"}), VOCAB, 8).update is None
+
+
+def test_the_table_of_updates():
+    config_path = "configs/pretrain/gpt3_125m_sparsewide75_rigl.yaml"
+    command = [sys.executable, "launch/plan.py", config_path]
+    command += ["model.preset=gpt3-13b", "ift.member=none", "deepspeed.zero_stage=3"]
+    command += ["global_batch_size=1024", "micro_batch_size=1", "--vocab-size", "50257"]
+    result = subprocess.run(
+        [*command, "--updates", "8", "1024"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    lines = result.stdout.splitlines()
+    assert "12,853,386,240 parameters" in lines[0]
+    assert [line.split()[0] for line in lines[-2:]] == ["8", "1024"]
+    for line in lines[-2:]:
+        assert float(line.split()[-1].rstrip("%")) < 1  # of training
+    refused = subprocess.run(
+        [*command, "--updates", "8", "--mfu", "0"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert refused.returncode == 2
+    assert "--mfu" in refused.stderr

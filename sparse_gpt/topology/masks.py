@@ -64,8 +64,9 @@ class LayerMask:
     def zero_outside_(self, values: Tensor | Sequence[Tensor], start: int) -> None:
         """Make elements outside the mask exactly 0 in place.
 
-        `values`, one or several `[n]` of any dtype on one device: elements `start .. start + n - 1` of the flattened
-        weight. A selection by bits, not a product: infinities and NaN outside become 0 too.
+        `values`, one or several `[n]` of any dtype on one device: elements
+        `start .. start + n - 1` of the flattened weight. A selection by bits, not a product:
+        infinities and NaN outside become 0 too.
         """
         values = [values] if isinstance(values, Tensor) else list(values)
         mask = self.on(values[0].device)
