@@ -222,7 +222,7 @@ def test_the_cost_of_updates_is_in_the_plan():
     assert many.update.sent == 2 * many.update.payload * 31 // 32
     assert many.update.sent / 72 < 1e6
     assert many.update.exchanges == one.update.exchanges == 8
-    assert many.update.extra < one.update.extra / 4
+    assert many.update.extra < one.update.extra / 2  # a chunk stays
     assert "8 exchanges" in render(many)
     assert plan(config(sparsity={"sparsity": 0.75, "algorithm": "static"}), VOCAB, 8).update is None
 
