@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Every byte unpacked into eight.
-_SET = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1))
-_POPCOUNT = _SET.sum(1)
-_TABLES = {torch.device("cpu"): _SET.view(torch.int64).view(-1)}
+# Every byte unpacked into eight, read as one int64.
+_UNPACKED = torch.from_numpy(np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1))
+_TABLES = {torch.device("cpu"): _UNPACKED.view(torch.int64).view(-1)}
 # Gathers the eight 0/1 bytes of an int64 into its highest byte.
 _GATHER = 0x8040201008040201 - (1 << 64)
 
@@ -92,7 +91,9 @@ class Bits:
         """How many positions are in the set, 0-d int64 on the device."""
         if self.data.device.type == "cpu":
             return torch.tensor(int(np.bitwise_count(self.data.numpy()).sum(dtype=np.int64)))
-        return _POPCOUNT.to(self.data.device)[self.data.int()].sum()
+        pairs = self.data - ((self.data >> 1) & 0x55)
+        fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+        return ((fours + (fours >> 4)) & 0x0F).sum(dtype=torch.int64)
 
     def add_(self, positions: Tensor) -> None:
         """Put distinct positions that are not in the set into it, in place."""
