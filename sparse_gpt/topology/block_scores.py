@@ -74,9 +74,10 @@ def _add_part(
         whole = torch.zeros(rows * width, dtype=torch.float32, device=values.device)
         whole[first - row * width : last - row * width] = values[first - start : last - start]
         lines = whole.view(rows, width // block[1], block[1])
-        bands = (torch.arange(row, row + rows, device=out.device) // block[0]).to(out.device)
+        bands = torch.arange(row, row + rows, device=out.device) // block[0]
         if top is None:
-            out.index_reduce_(0, bands, _bits(lines).amax(2).to(out), "amax")
+            largest = _bits(lines).amax(2).to(out)
+            out.scatter_reduce_(0, bands[:, None].expand_as(largest), largest, "amax")
         else:
             fixed = lines.double().square_().mul_(factor).round_().to(torch.int64)
             out.index_add_(0, bands, fixed.sum(2).to(out.device))
