@@ -5,91 +5,160 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.methods import METHODS
 from sparse_gpt.topology.methods.drop_grow import drop_and_grow
+from sparse_gpt.topology.random import random_scores
+from sparse_gpt.topology.units import BlockUnits, LayerPart, ShardedUnits, Units, UnitSet
 
-TIED = st.sampled_from([0.0, 0.25, 0.5, 0.5000001, 1.0])
+WHOLE = st.sampled_from([0, 1, 2, 3]) | st.integers(0, 1000)
+KEY = (9, 4)
 
 
 @st.composite
 def cases(draw):
-    """(active, magnitude, growth, count): inactive weights are 0, growth is of either kind."""
-    n = draw(st.integers(1, 24))
-    active = draw(st.lists(st.booleans(), min_size=n, max_size=n))
-    magnitude = draw(st.lists(TIED | st.floats(0, 4, width=32), min_size=n, max_size=n))
-    magnitude = [m if a else 0.0 for m, a in zip(magnitude, active)]
-    elements = draw(st.sampled_from([TIED, st.integers(0, 2**62 - 1), st.integers(0, 3)]))
-    growth = draw(st.lists(elements, min_size=n, max_size=n))
-    return active, magnitude, growth, draw(st.integers(0, sum(active)))
+    """(active, magnitude, gradient) by layer; inactive weights are 0. Whole numbers."""
+    layers = []
+    for _ in range(draw(st.integers(1, 3))):
+        n = draw(st.integers(1, 20))
+        active = draw(st.lists(st.booleans(), min_size=n, max_size=n))
+        drawn = draw(st.lists(WHOLE, min_size=n, max_size=n))
+        magnitude = [m if a else 0 for m, a in zip(drawn, active)]
+        layers.append((active, magnitude, draw(st.lists(WHOLE, min_size=n, max_size=n))))
+    return [list(of) for of in zip(*layers)]
 
 
-def oracle(active, magnitude, growth, count):
-    """One removal and one insertion at a time, by repeated minimum and maximum."""
-    kept = {i for i, a in enumerate(active) if a}
+FRACTIONS = st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.99, 1.0])
+
+
+def oracle(active, magnitude, growth, fraction):
+    """One removal and one insertion at a time, by repeated minimum and maximum.
+
+    Units are (layer, index), over the layers given.
+    """
+    everything = [(i, j) for i, flags in enumerate(active) for j in range(len(flags))]
+    kept = {(i, j) for i, j in everything if active[i][j]}
+    count = int(fraction * len(kept))
     for _ in range(count):
-        kept.remove(min(kept, key=lambda i: (magnitude[i], i)))
+        kept.remove(min(kept, key=lambda u: (magnitude[u[0]][u[1]], u)))
     new = set(kept)
     for _ in range(count):
-        new.add(max(set(range(len(active))) - new, key=lambda i: (growth[i], -i)))
+        # max takes the first of equals
+        new.add(max(sorted(set(everything) - new), key=lambda u: growth[u[0]][u[1]]))
     return new
 
 
-def as_tensors(active, magnitude, growth):
-    kind = torch.int64 if all(isinstance(g, int) for g in growth) else torch.float32
-    return (
-        torch.tensor(active),
-        torch.tensor(magnitude, dtype=torch.float32),
-        torch.tensor(growth, dtype=kind),
-    )
+def wanted(active, magnitude, growth, fraction, whole_model):
+    if whole_model:
+        return oracle(active, magnitude, growth, fraction)
+    new = set()
+    for i, layer in enumerate(zip(active, magnitude, growth)):
+        new |= {(i, j) for _, j in oracle(*([of] for of in layer), fraction)}
+    return new
 
 
-@settings(max_examples=300)
-@given(cases())
-def test_against_the_oracle(case):
-    active, magnitude, growth, count = case
-    a, m, g = as_tensors(active, magnitude, growth)
-    exact = [float(value) if g.is_floating_point() else int(value) for value in g]
-    new = drop_and_grow(a, m, g, count)
-    assert set(new.nonzero().flatten().tolist()) == oracle(active, m.tolist(), exact, count)
-    assert int(new.sum()) == sum(active), "the number of active units is conserved"
-    assert torch.equal(a, torch.tensor(active)), "the old mask is left alone"
-    assert int((new & ~a).sum()) <= count
-    for name in ("set", "rigl"):
-        assert torch.equal(METHODS[name].update(a, m, g, count), new)
+def names(active):
+    return [f"h.{i}" for i in range(len(active))]
 
 
-def test_a_dropped_unit_may_come_back():
-    active = torch.tensor([True, True, False])
-    new = drop_and_grow(active, torch.tensor([0.1, 0.9, 0.0]), torch.tensor([5.0, 9.0, 4.0]), 1)
-    assert torch.equal(new, active)
+def sharded(active, magnitude, gradient, whole_model) -> ShardedUnits:
+    parts = [
+        LayerPart(0, torch.tensor(m, dtype=torch.float32), -torch.tensor(g, dtype=torch.float32))
+        for m, g in zip(magnitude, gradient)
+    ]
+    return ShardedUnits(names(active), parts, lambda values: values, KEY, whole_model)
 
 
-def test_dropping_none_or_all():
-    active = torch.tensor([[True, False], [True, False]])
-    magnitude, growth = torch.rand(2, 2), torch.tensor([[0.0, 1.0], [0.5, 2.0]])
-    same = drop_and_grow(active, magnitude, growth, 0)
-    assert torch.equal(same, active)
-    assert same.data_ptr() != active.data_ptr()
-    new = drop_and_grow(active, magnitude, growth, 2)
-    assert new.tolist() == [[False, True], [False, True]]
+def blocks(active, magnitude, gradient, whole_model) -> BlockUnits:
+    scores = {
+        "magnitude": [torch.tensor(m, dtype=torch.int64) for m in magnitude],
+        "gradient": [torch.tensor(g, dtype=torch.int64) for g in gradient],
+    }
+    return BlockUnits(names(active), scores, KEY, whole_model)
+
+
+def set_of(active) -> UnitSet:
+    parts = [Bits.of(torch.tensor(flags)) for flags in active]
+    return UnitSet(parts, [sum(flags) for flags in active], [len(flags) for flags in active])
+
+
+def members(units: UnitSet) -> set[tuple[int, int]]:
+    return {(i, j) for i, bits in enumerate(units.parts) for j in bits.positions().tolist()}
+
+
+def moved(units: Units, active, fraction: float, method: str) -> set[tuple[int, int]]:
+    before = set_of(active)
+    new = METHODS[method].update(units, before, fraction)
+    assert members(before) == members(set_of(active)), "the old topology is left alone"
+    assert new.totals == before.totals
+    assert new.sizes == [int(bits.count()) for bits in new.parts]
+    assert sum(new.sizes) == sum(before.sizes), "the number of active units is conserved"
+    assert units.whole_model or new.sizes == before.sizes, "in every layer"
+    count = sum(units.share(before, fraction))
+    assert len(members(new) - members(before)) <= count
+    return members(new)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), FRACTIONS, st.booleans(), st.sampled_from([sharded, blocks]))
+def test_rigl_against_the_oracle(case, fraction, whole_model, units):
+    new = moved(units(*case, whole_model), case[0], fraction, "rigl")
+    assert new == wanted(*case, fraction, whole_model)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cases(), FRACTIONS, st.booleans(), st.sampled_from([sharded, blocks]))
+def test_set_against_the_oracle(case, fraction, whole_model, units):
+    active, magnitude, _ = case
+    growth = [
+        random_scores(*KEY, name, 0, len(flags)).tolist()
+        for name, flags in zip(names(active), active)
+    ]
+    new = moved(units(*case, whole_model), active, fraction, "set")
+    assert new == wanted(active, magnitude, growth, fraction, whole_model)
+
+
+@pytest.mark.parametrize("units", [sharded, blocks])
+def test_a_dropped_unit_may_come_back(units):
+    case = [[[True, True, False]], [[1, 9, 0]], [[5, 9, 4]]]
+    assert moved(units(*case, False), case[0], 0.5, "rigl") == {(0, 0), (0, 1)}
+
+
+@pytest.mark.parametrize("units", [sharded, blocks])
+def test_dropping_none_or_all(units):
+    case = [[[True, False, True, False]], [[7, 0, 8, 0]], [[0, 10, 5, 20]]]
+    assert moved(units(*case, False), case[0], 0.0, "rigl") == {(0, 0), (0, 2)}
+    assert moved(units(*case, False), case[0], 1.0, "rigl") == {(0, 1), (0, 3)}
+
+
+@pytest.mark.parametrize("units", [sharded, blocks])
+def test_over_the_model_units_move_between_layers(units):
+    """Ties go to the earlier layer, in dropping and in growing."""
+    active = [[True, True, False], [True, True, False]]
+    case = [active, [[2, 1, 0], [1, 5, 0]], [[0, 0, 3], [0, 0, 3]]]
+    assert moved(units(*case, True), active, 0.25, "rigl") == {(0, 0), (0, 2), (1, 0), (1, 1)}
+    case[2] = [[0, 0, 3], [0, 0, 4]]
+    assert moved(units(*case, True), active, 0.25, "rigl") == {(0, 0), (1, 0), (1, 1), (1, 2)}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_scores_are_refused(bad):
-    active, good = torch.tensor([True, False]), torch.tensor([1.0, 0.0])
-    with pytest.raises(ValueError, match="magnitudes are not finite"):
-        drop_and_grow(active, torch.tensor([bad, 0.0]), good, 1)
-    with pytest.raises(ValueError, match="growth scores are not finite"):
-        drop_and_grow(active, good, torch.tensor([0.0, bad]), 1)
-
-
-@pytest.mark.parametrize("count", [-1, 2])
-def test_a_count_that_cannot_be_is_refused(count):
-    with pytest.raises(ValueError, match=f"cannot drop {count} of 1"):
-        drop_and_grow(torch.tensor([True, False]), torch.ones(2), torch.ones(2), count)
+@pytest.mark.parametrize("whole_model", [False, True])
+def test_non_finite_scores_are_refused(bad, whole_model):
+    for case in (
+        [[[True, True, False]], [[bad, 1.0, 0.0]], [[0.0, 0.0, 1.0]]],
+        [[[True, True, False]], [[2.0, 1.0, 0.0]], [[0.0, 0.0, bad]]],
+    ):
+        with pytest.raises(ValueError, match="not finite"):
+            drop_and_grow(sharded(*case, whole_model), set_of(case[0]), 0.5, "largest gradient")
 
 
 def test_static_has_no_update():
+    case = [[[True, False]], [[1, 0]], [[0, 1]]]
     assert not METHODS["static"].dynamic
     with pytest.raises(TypeError, match="static"):
-        METHODS["static"].update(torch.ones(1), torch.ones(1), torch.ones(1), 0)
+        METHODS["static"].update(blocks(*case, False), set_of(case[0]), 0.5)
+    assert [METHODS[name].growth for name in ("static", "set", "rigl")] == [
+        "none",
+        "random",
+        "gradient",
+    ]
