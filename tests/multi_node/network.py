@@ -19,6 +19,7 @@ from tests.ranks import free_port
 
 WIRE = "wire0"  # the interface's name in both nodes
 NAMES = ("node0", "node1")
+USER = ("--user", "--preserve-credentials")  # nsenter's options
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 
 
@@ -36,13 +37,15 @@ class Node:
     enter: tuple[str, ...] = ()
     holder: int | None = None  # the process that holds its namespaces
 
-    def command(self, arguments: Sequence[str], cwd: Path) -> list[str]:
-        """That command on this node, in that folder."""
+    def command(self, arguments: Sequence[str], cwd: Path, from_node: bool = False) -> list[str]:
+        """That command on this node, in that folder; `from_node`: to be run on one of the two."""
         if not self.enter:
             return list(arguments)
+        # No process enters the user namespace that it is in, which the nodes have in common.
+        enter = [word for word in self.enter if not (from_node and word in USER)]
         # Entering a mount namespace moves to its root.
         script = f'cd {shlex.quote(str(cwd))} && exec "$@"'
-        return [*self.enter, "sh", "-c", script, "sh", *arguments]
+        return [*enter, "sh", "-c", script, "sh", *arguments]
 
     def run(self, *arguments: str) -> str:
         """Run a command on this node; its output. Raises CalledProcessError."""
@@ -106,7 +109,7 @@ def _namespaces(stack: ExitStack, hosts: Path) -> tuple[Node, Node]:
     as_root = os.geteuid() == 0
     # Without root, a user namespace in which we are; the second node is made inside it.
     first = _hold(stack, [] if as_root else ["--user", "--map-root-user"], ())
-    user = () if as_root else ("--user", "--preserve-credentials")
+    user = () if as_root else USER
     nodes = []
     for index, name in enumerate(NAMES):
         holder = first if index == 0 else _hold(stack, [], (*_enter(first, user),))

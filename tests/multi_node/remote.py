@@ -67,7 +67,7 @@ sys.exit(max(codes) if largest else 0)
 def ssh_environment(folder: Path, network: Network) -> dict[str, str]:
     """The environment in which `deepspeed --hostfile` reaches the nodes; HOME is in `folder`."""
     cases = [
-        f"    {node.name}) enter=({shlex.join(node.command([], Path('/')))}) ;;"
+        f"    {node.name}) enter=({shlex.join(node.command([], Path('/'), from_node=True))}) ;;"
         for node in network.nodes
     ]
     script = SSH.format(cases="\n".join(cases), mark=MARK, session=SESSION_MARK)
