@@ -23,8 +23,8 @@ def pack(flags: Tensor) -> Tensor:
     flags = flags.view(torch.uint8)
     if flags.device.type == "cpu":
         return torch.from_numpy(np.packbits(flags.numpy()))
-    if flags.numel() % 8:
-        flags = torch.nn.functional.pad(flags, (0, -flags.numel() % 8))
+    if flags.numel() % 8 or flags.storage_offset() % 8:  # else it can be read as int64
+        flags = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).clone()
     return ((flags.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
 
 
@@ -33,6 +33,13 @@ def unpack(data: Tensor) -> Tensor:
     if data.device not in _TABLES:
         _TABLES[data.device] = _TABLES[torch.device("cpu")].to(data.device)
     return _TABLES[data.device].index_select(0, data.int()).view(torch.uint8)
+
+
+def positions_in(packed: np.ndarray) -> np.ndarray:
+    """Positions of the bits that are set, int64, ascending; cheap where they are few."""
+    place = np.flatnonzero(packed != 0)  # searching bools is vectorised
+    inside = np.flatnonzero(np.unpackbits(packed.take(place)).view(np.bool_))
+    return (place.take(inside >> 3) << 3) + (inside & 7)
 
 
 def chunk_size(device: torch.device) -> int:
@@ -75,10 +82,7 @@ class Bits:
     def positions(self) -> Tensor:
         """The positions in the set, int64, ascending; cheap where they are few."""
         if self.data.device.type == "cpu":
-            data = self.data.numpy()
-            bytes_in = np.flatnonzero(data != 0)  # searching bools is vectorised
-            bits = np.flatnonzero(np.unpackbits(data[bytes_in]).view(np.bool_))
-            return torch.from_numpy(bytes_in[bits >> 3] * 8 + (bits & 7))
+            return torch.from_numpy(positions_in(self.data.numpy()))
         place = self.data.nonzero().view(-1)
         inside = unpack(self.data[place]).view(-1, 8).nonzero()
         return place[inside[:, 0]] * 8 + inside[:, 1]

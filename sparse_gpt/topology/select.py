@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_gpt.topology.bits import Bits, chunks, pack
+from sparse_gpt.topology.bits import Bits, chunks, pack, positions_in
 from sparse_gpt.topology.keys import Source
 from sparse_gpt.topology.random import RandomKey
 
@@ -110,7 +110,7 @@ class _Part:
 
     source: Source
     above: Bits | None = None  # keys above the bracket of the pass that kept
-    found: Tensor | None = None  # local positions inside it, int32, ascending
+    found: Tensor | None = None  # local positions inside it, ascending
     keys: Tensor | None = None
 
 
@@ -125,7 +125,8 @@ def select_top(
     `groups[g]` are this rank's sources of the layers compared with each other, in the same order
     on every rank (empty where it holds nothing of a layer); `candidates[g]` how many candidates
     there are on all ranks. Returns what is chosen of every source. Every rank raises `ValueError`
-    where a count is out of range, or a score is not finite on any rank.
+    where a count is out of range, or a score that is looked at is not finite on any rank: none and
+    all of the candidates are chosen without a look.
     """
     states = []
     for sources, k, many in zip(groups, counts, candidates, strict=True):
@@ -239,17 +240,24 @@ def _round(live: list[tuple[_Group, list[_Part]]], reduce: Reduce, check: bool) 
         group.narrow(int(row[1]), row[2:].astype(np.int64), keep)
 
 
-def _split(keys: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Packed bits of `keys > high`, and of `low <= keys <= high`.
+def _scan(keys: Tensor, candidates: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A chunk of keys: packed bits of `keys > high`, candidates or not; and of the candidates with
+    `low <= key <= high` the positions (int64) and the keys.
 
-    In numpy on a CPU, whose comparisons are vectorised there.
+    In numpy on a CPU, whose comparisons and searches are vectorised there.
     """
-    if keys.device.type == "cpu":
-        array = keys.numpy()
-        above, upwards = np.packbits(array > high), np.packbits(array >= low)
-        return torch.from_numpy(above), torch.from_numpy(upwards & ~above)
-    above = pack(keys > high)
-    return above, pack(keys >= low) & ~above
+    if keys.device.type != "cpu":
+        above = pack(keys > high)
+        inside = pack(keys >= low) & ~above & candidates
+        place = Bits(inside, keys.numel()).positions()
+        return above, place, keys[place]
+    array = keys.numpy()
+    over = np.packbits(array > high)
+    within = np.packbits(array >= low)
+    within &= ~over
+    within &= candidates.numpy()
+    place = positions_in(within)
+    return torch.from_numpy(over), torch.from_numpy(place), torch.from_numpy(array.take(place))
 
 
 def _count_all(group: _Group, part: _Part, row: Tensor, keep: bool, check: bool) -> None:
@@ -260,15 +268,15 @@ def _count_all(group: _Group, part: _Part, row: Tensor, keep: bool, check: bool)
         finite = source.is_finite(keys) if check else None
         if finite is not None:
             row[0] += ~finite
-        higher, inside = _split(keys, group.low, group.high)
+        candidates = source.candidates.data[start // 8 : -(-stop // 8)]
+        higher, place, inside = _scan(keys, candidates, group.low, group.high)
         above.append(higher)
-        inside &= source.candidates.data[start // 8 : -(-stop // 8)]
-        place = Bits(inside, stop - start).positions()
+        place += start
         if keep:
-            places.append((place + start).to(torch.int32))
-            found.append(keys[place])
+            places.append(place.to(torch.int32) if source.numel < 1 << 31 else place)
+            found.append(inside)
         else:  # nothing grows with what lies inside
-            _add_bins(group, source, place + start, keys[place], row[2:])
+            _add_bins(group, source, place, inside, row[2:])
     if not above:
         return
     part.above = Bits(torch.cat(above), source.numel) & source.candidates

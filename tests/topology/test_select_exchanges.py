@@ -124,11 +124,11 @@ def test_what_is_given_is_left_alone():
     assert torch.equal(source.candidates.data, members)
 
 
-@pytest.mark.xfail(strict=True, reason="a selection that needs no exchange looks at no score")
 @pytest.mark.parametrize("chosen", ["none", "all"])
-def test_what_is_not_finite_is_refused_whatever_the_count(chosen):
+def test_none_or_all_are_chosen_without_a_look_at_the_scores(chosen):
     layer = many_layers(50, 1, 1)[0]
     layer.values[7] = float("nan")
     k = count([layer]) if chosen == "all" else 0
-    with pytest.raises(ValueError, match="not finite"):
-        choose("largest", [[layer]], [k])
+    outcome = choose("largest", [[layer]], [k])
+    assert len(outcome.chosen[0][0]) == k
+    assert outcome.sent == []
