@@ -20,17 +20,14 @@ from torch import Tensor
 
 from sparse_gpt.topology.bits import Bits, chunks, pack, positions_in
 from sparse_gpt.topology.keys import Source
-from sparse_gpt.topology.random import RandomKey
 
 Reduce = Callable[[Tensor], Tensor]
 
 TOP = 0x7FFFFFFF  # the largest key
 BINS = 2048
-SAMPLE = 1 << 13  # positions a layer; a power of two
+SAMPLE = 1 << 13  # positions a layer, at most
 SIGMAS = 4.0  # half width of the proposed bracket, in standard deviations of its rank
 KEPT_SHARE = 1 / 8  # of the candidates: more are not kept between rounds but looked for again
-
-_JITTER = RandomKey.of(0, 0, "sample")
 
 
 @dataclass
@@ -181,23 +178,20 @@ def _propose(live: list[tuple[_Group, list[_Part]]], reduce: Reduce) -> None:
 
 
 def _sample_size(source: Source, layers: int) -> int:
-    """Positions of a layer that are sampled: all of them, or a power of two."""
-    size = SAMPLE if layers == 1 else max(256, 4 * SAMPLE >> (layers - 1).bit_length())
+    """How many positions of a layer are sampled, at most."""
+    size = SAMPLE if layers == 1 else max(256, 4 * SAMPLE // layers)
     return min(source.total, size)
 
 
 def _sample_positions(source: Source, size: int) -> tuple[Tensor, Tensor]:
-    """One random position in each of `size` even ranges of the layer: (range, local position)."""
-    first = max(0, source.start * size // source.total - 1)
-    last = min(size, -(-(source.start + source.numel) * size // source.total) + 1)
-    slot = torch.arange(first, last, dtype=torch.int64, device=source.device)
-    at = slot
-    if size < source.total:
-        jitter = _JITTER.scores(slot).to(torch.int64) * source.total >> 31
-        at = slot * source.total + jitter >> size.bit_length() - 1
-    at = at - source.start
-    here = (at >= 0) & (at < source.numel)
-    return slot[here], at[here]
+    """(slot, local position) of what this rank holds of a layer's sample, both int64.
+
+    Every so many positions; an odd number, so that it does not run down a column.
+    """
+    stride = -(-source.total // size) | 1
+    first, last = -(-source.start // stride), -(-(source.start + source.numel) // stride)
+    slot = torch.arange(first, last, device=source.device)
+    return slot, slot * stride - source.start
 
 
 def _propose_from(group: _Group, keys: np.ndarray, weights: np.ndarray | None) -> None:
@@ -310,11 +304,12 @@ def _chosen(group: _Group, part: _Part) -> Bits:
     if group.k == 0 or source.numel == 0:
         return Bits.empty(source.numel, source.device)
     # All that is inside is taken: every key above `low`, and those equal to it up to `last`.
-    low, last = group.low, group.last
+    low, last = group.low, group.last - source.base - source.start
 
     def taken(found: Tensor, keys: Tensor) -> Tensor:
-        place = found.to(torch.int64) + (source.base + source.start)
-        return (keys > low) | ((keys == low) & (place <= last))
+        if last >= source.numel - 1:
+            return keys >= low
+        return (keys > low) | ((keys == low) & (found <= last))
 
     if group.kept and part.above is not None:
         if part.found is not None and part.keys is not None:
