@@ -20,12 +20,18 @@ def gpt_config(n_layer: int, checkpointing: bool = False) -> GPTConfig:
     )
 
 
-def kept_bytes(config: GPTConfig, batch: int, dtype: torch.dtype) -> int:
-    """Storages that the backward of a sparse model keeps, parameters apart."""
+def kept_bytes(config: GPTConfig, batch: int, dtype: torch.dtype, patterns: bool) -> int:
+    """Storages that the backward of a sparse model keeps, parameters apart.
+
+    Whether its kernel sees the pattern, or computes a dense product over zeros.
+    """
     model = GPT(config).to(dtype)
     model.init_weights(seed=0)
     for layer in model.sparse_layers().values():
-        layer.pattern = Pattern(torch.rand(layer.weight.shape) < 0.5)
+        pattern = Pattern(torch.rand(layer.weight.shape) < 0.5)
+        pattern.apply_(layer.weight.data)
+        if patterns:
+            layer.pattern = pattern
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}
 
@@ -43,11 +49,12 @@ def kept_bytes(config: GPTConfig, batch: int, dtype: torch.dtype) -> int:
     return size
 
 
+@pytest.mark.parametrize("patterns", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_a_block_keeps(precision, checkpointing):
+def test_what_a_block_keeps(precision, checkpointing, patterns):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    sizes = [kept_bytes(gpt_config(n, checkpointing), 3, dtype) for n in (2, 5)]
+    sizes = [kept_bytes(gpt_config(n, checkpointing), 3, dtype, patterns) for n in (2, 5)]
     planned = [activation_bytes(gpt_config(n), 3, 32, precision, checkpointing) for n in (2, 5)]
     # CPU attention keeps its row sums, and LayerNorm its statistics, in the compute type or fp32.
     slack = 0 if precision == "fp32" else 3 * 3 * 32 * (4 * 4 + 16)

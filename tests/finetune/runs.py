@@ -14,7 +14,7 @@ from sparse_gpt.finetune.spdf import finetune
 from sparse_gpt.hf.checkpoint import export_checkpoint
 from sparse_gpt.train.loop import Trainer
 from sparse_gpt.train.optim import optimizer_steps
-from tests.contracts.runs import run_config, trainer
+from tests.contracts.runs import assemble, run_config, trainer
 from tests.ranks import cleanup_engine
 
 
@@ -36,7 +36,7 @@ def tensors(made: Trainer, kind: str) -> dict[str, torch.Tensor]:
     for name in made.shards.parameters:
         fragment = made.shards.fragment(name)
         assert fragment is not None
-        found[name] = made.shards.assemble(name, fragment.tensors()[kind]).clone()
+        found[name] = assemble(made, name, fragment.tensors()[kind]).clone()
     return found
 
 

@@ -46,8 +46,10 @@ def write_run(run: Path, model: GPT, step: int = 12, ranks: int = 2) -> Path:
         bits: dict[str, np.ndarray] = {}
         ranges = {}
         for name, pattern in patterns.items():
-            bits[name], start, count = files.pack_pattern(pattern, rank, ranks)
-            ranges[name] = (start, count)
+            flags = pattern.active.reshape(-1)
+            start, end = rank * flags.numel() // ranks, (rank + 1) * flags.numel() // ranks
+            bits[name] = np.packbits(flags[start:end].numpy())
+            ranges[name] = (start, end - start)
         file = f"topology-{rank:05d}.safetensors"
         entries[file] = files.write_tensors(folder / file, bits, ranges)
     manifest = {
@@ -64,7 +66,7 @@ def write_run(run: Path, model: GPT, step: int = 12, ranks: int = 2) -> Path:
             }
             for name, pattern in patterns.items()
         },
-        "topology_sha256": "0" * 64,
+        "topology_digest": "0" * 64,
         "files": entries,
         "config": {"name": "fixture"},
         "eos_id": 256,

@@ -85,7 +85,9 @@ def test_one_parameter_at_a_time(folder):
     weights = ImportedWeights(folder)
     _, parameters = import_folder(folder)
     assert weights.names == list(parameters)
-    assert weights.patterns() == {}
+    assert weights.layers == {}
+    with pytest.raises(KeyError):
+        weights.mask(weights.names[0], 0, 1)
     for name, tensor in parameters.items():
         assert torch.equal(weights.parameter(name), tensor)
         assert tensor.is_contiguous()

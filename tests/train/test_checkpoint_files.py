@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.ops import Pattern
+from sparse_gpt.topology.bits import Bits
+from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.train import checkpoint_files as files
 from sparse_gpt.train.manifest import FORMAT, read_manifest, write_manifest
 
@@ -27,6 +29,14 @@ def values(seed):
         for kind in files.KINDS
         for name, shape in SHAPES.items()
     }
+
+
+def write_mask(folder, rank, flags, start, end, name="a.weight"):
+    """One rank's bits of a mask, as the controller holds them; returns the manifest's entry."""
+    file = f"topology-{rank:05d}.safetensors"
+    bits = Bits.of(flags[start:end]).data.numpy()
+    written = files.write_tensors(folder / file, {name: bits}, {name: (start, end - start)})
+    return {file: written}
 
 
 def write_checkpoint(folder, seed=0, ranks=3, block=(1, 1), step=5):
@@ -46,11 +56,8 @@ def write_checkpoint(folder, seed=0, ranks=3, block=(1, 1), step=5):
                 ranges[name] = (start, end - start)
             file = f"{kind}-{rank:05d}.safetensors"
             entries[file] = files.write_tensors(folder / file, parts, ranges)
-        bits, start, count = files.pack_pattern(pattern, rank, ranks)
-        file = f"topology-{rank:05d}.safetensors"
-        entries[file] = files.write_tensors(
-            folder / file, {"a.weight": bits}, {"a.weight": (start, count)}
-        )
+        start, end = rank * mask.numel() // ranks, (rank + 1) * mask.numel() // ranks
+        entries |= write_mask(folder, rank, mask.reshape(-1), start, end)
         file = f"rng-{rank:05d}.safetensors"
         state = {"cpu": np.arange(rank, rank + 16, dtype=np.uint8)}
         entries[file] = files.write_tensors(folder / file, state)
@@ -68,7 +75,7 @@ def write_checkpoint(folder, seed=0, ranks=3, block=(1, 1), step=5):
             "layers": {
                 "a.weight": {"grid": [7, 5], "block": list(block), "active": int(mask.sum())}
             },
-            "topology_sha256": "0" * 64,
+            "topology_digest": "0" * 64,
             "files": entries,
             "config": {"name": "test"},
             "data": ["digest"],
@@ -85,18 +92,61 @@ def folder(tmp_path):
     return path
 
 
+def recut(folder, flags, ranges):
+    """Replace a checkpoint's topology files by others, with these ranges of the mask."""
+    for file in folder.glob("topology-*"):
+        file.unlink()
+    entries = {}
+    for rank, (start, end) in enumerate(ranges):
+        entries |= write_mask(folder, rank, flags, start, end)
+
+    def edit(manifest):
+        kept = {k: v for k, v in manifest["files"].items() if not k.startswith("topology-")}
+        manifest["files"] = kept | entries
+        manifest["layers"]["a.weight"] |= {"grid": [1, len(flags)], "active": int(flags.sum())}
+
+    edited(folder, edit)
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 6), st.integers(0, 2**32))
-def test_masks_survive_any_cut(rows, cols, ranks, seed):
-    mask = torch.from_numpy(np.random.default_rng(seed).random((rows, cols)) < 0.5)
-    pattern, covered, out = Pattern(mask), 0, []
-    for rank in range(ranks):
-        bits, start, count = files.pack_pattern(pattern, rank, ranks)
-        assert start == covered and bits.dtype == np.uint8 and bits.size == -(-count // 8)
-        covered += count
-        out += np.unpackbits(bits, count=count).tolist()
-    assert covered == rows * cols
-    assert out == mask.reshape(-1).int().tolist()
+@given(st.data(), st.integers(1, 100), st.integers(0, 2**32))
+def test_masks_survive_any_cut(tmp_path_factory, data, size, seed):
+    """Cuts anywhere, parts in any order of ranks, empty ones too: any range reads back."""
+    folder = tmp_path_factory.mktemp("cuts") / files.step_folder(5)
+    write_checkpoint(folder, ranks=1)
+    flags = torch.from_numpy(np.random.default_rng(seed).random(size) < 0.5)
+    cuts = sorted(data.draw(st.lists(st.integers(0, size), max_size=5)))
+    ranges = list(zip([0, *cuts], [*cuts, size], strict=True))
+    recut(folder, flags, data.draw(st.permutations(ranges)))
+    reader = files.open_checkpoint(folder)
+    assert torch.equal(reader.pattern("a.weight").active.view(-1), flags)
+    for _ in range(5):
+        start, stop = sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size))))
+        assert torch.equal(reader.mask("a.weight", start, stop - start), flags[start:stop])
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [[(0, 9), (10, 35)], [(1, 35)], [(0, 34)], []],
+    ids=["gap", "start", "end", "nothing"],
+)
+def test_masks_with_a_gap_are_refused(folder, ranges):
+    flags = torch.ones(35, dtype=torch.bool)
+    recut(folder, flags, ranges)
+    reader = files.open_checkpoint(folder)
+    for read in (reader.patterns, lambda: reader.mask("a.weight", 0, 35)):
+        with pytest.raises(UserError, match=r"topology of a\.weight is incomplete"):
+            read()
+
+
+def test_mask_bits_that_do_not_fit_their_range_are_refused(folder):
+    name = "topology-00001.safetensors"
+    for bits in (np.zeros(1, dtype=np.uint8), np.zeros(2, dtype=np.int8)):
+        ranges = {"a.weight": (11, 12)}
+        entry = files.write_tensors(folder / name, {"a.weight": bits}, ranges)
+        edited(folder, lambda manifest, entry=entry: manifest["files"].update({name: entry}))
+        with pytest.raises(UserError, match=r"topology of a\.weight is incomplete"):
+            files.open_checkpoint(folder).mask("a.weight", 0, 35)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 7])
@@ -110,8 +160,10 @@ def test_everything_reads_back_exactly(tmp_path, ranks):
             got = reader.fragment(name, kind, start, end - start)
             assert torch.equal(got, torch.from_numpy(flat[start:end]))
     read = reader.patterns()
-    assert list(read) == ["a.weight"]
+    assert list(read) == list(reader.layers) == ["a.weight"]
     assert torch.equal(read["a.weight"].active, pattern.active)
+    active = int(pattern.active.sum())
+    assert reader.layers["a.weight"] == SavedLayer((7, 5), (1, 1), active)
     assert reader.rng(ranks - 1)["cpu"].tolist() == list(range(ranks - 1, ranks + 15))
     assert reader.gpt_config.d_model == 4
 
@@ -238,7 +290,7 @@ JUNK = {
     "gpt_config": 3,
     "parameters": {"a": "7x5"},
     "layers": {"a": {"grid": [1], "block": [1, 1], "active": 1}},
-    "topology_sha256": None,
+    "topology_digest": None,
     "files": {"x": {"size": "1", "sha256": "0"}},
     "config": None,
     "world_size": "two",
@@ -268,6 +320,21 @@ def test_a_manifest_that_is_none_is_refused(folder, text):
     (folder / "manifest.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"manifest\.json"):
         files.open_checkpoint(folder)
+
+
+def test_a_checkpoint_of_format_1_is_refused_as_such(folder):
+    """Its masks were cut and summed up otherwise: not damaged, but of another version."""
+
+    def older(manifest):
+        manifest["format"] = 1
+        manifest["topology_sha256"] = manifest.pop("topology_digest")
+
+    edited(folder, older)
+    for read in (read_manifest, files.open_checkpoint):
+        with pytest.raises(UserError) as caught:
+            read(folder)
+        assert str(caught.value).endswith("manifest.json: format 1, this version reads 2")
+        assert str(folder) in str(caught.value)
 
 
 @settings(max_examples=100, deadline=None)

@@ -25,7 +25,7 @@ IDENTITY = {
 def saved(tmp_path):
     manifest = {
         "format": FORMAT, "step": 1, "state": {}, "gpt_config": {}, "parameters": {},
-        "layers": {}, "topology_sha256": "", "files": {}, **IDENTITY,
+        "layers": {}, "topology_digest": "", "files": {}, **IDENTITY,
     }  # fmt: skip
     write_manifest(tmp_path, manifest)
     return tmp_path
