@@ -26,20 +26,26 @@ def keep_gradients(controller: TopologyController) -> dict[str, Tensor]:
 
 
 def update(
-    controller: TopologyController, gradients: dict[str, Tensor], fraction: float, index: int
+    controller: TopologyController,
+    gradients: dict[str, Tensor],
+    fraction: float,
+    index: int,
+    apply: bool = True,
 ) -> dict[str, Tensor]:
-    """One update; returns every layer's mask, bool `[units]`, on every rank. A collective."""
+    """One update; returns every layer's mask, bool `[units]`, on every rank. A collective.
+
+    `apply`: zero weights and moments outside.
+    """
     shards, masks = controller.shards, {}
     for name, mask in controller.masks.items():
         fragment = shards.fragment(name)
         part = None if fragment is None else fragment.master
-        weight = _gather(shards, name, fragment, part, mask.units)
-        active = _gather(
-            shards, name, fragment, None if part is None else mask.bits.flags(), mask.units
-        )
+        weight = _gather(shards, fragment, part, mask.units)
+        flags = None if part is None else mask.bits.flags()
+        active = _gather(shards, fragment, flags, mask.units, torch.uint8)
         gradient = None
         if controller.method.growth == "gradient":
-            gradient = _gather(shards, name, fragment, gradients.get(name), mask.units)
+            gradient = _gather(shards, fragment, gradients.get(name), mask.units)
         new = torch.empty(mask.units, dtype=torch.bool, device=shards.device)
         if dist.get_rank() == 0:
             assert weight is not None and active is not None
@@ -50,7 +56,7 @@ def update(
         if dist.get_world_size() > 1:
             dist.broadcast(new, 0)
         masks[name] = new
-        if fragment is not None:
+        if apply and fragment is not None:
             inside = new[fragment.start : fragment.start + fragment.numel]
             for tensor in fragment.tensors().values():
                 tensor.masked_fill_(~inside.to(tensor.device), 0)
@@ -68,7 +74,11 @@ def select(magnitude: Tensor, active: Tensor, growth: Tensor, count: int) -> Ten
 
 
 def _gather(
-    shards: Any, name: str, fragment: Any, part: Tensor | None, total: int
+    shards: Any,
+    fragment: Any,
+    part: Tensor | None,
+    total: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor | None:
     """Rank 0 gets the whole of a layer from every rank's part; the others None."""
     if shards.replicated or dist.get_world_size() == 1:
@@ -82,7 +92,6 @@ def _gather(
         if part is not None and part.numel():
             dist.send(part.contiguous().to(shards.device), 0)
         return None
-    dtype = torch.float32 if part is None else part.dtype
     full = torch.zeros(total, dtype=dtype, device=shards.device)
     for rank, (first, many) in enumerate(ranges.tolist()):
         if many and rank == 0 and part is not None:

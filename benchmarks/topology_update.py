@@ -204,6 +204,7 @@ def measure_method(
     stepper.step(counted)
     traffic, memory = box["traffic"], box["memory"]
 
+    check_same(stepper, optimizer, fraction)
     theirs, saved = [], dict(controller.masks)
     for measured in [False] * max(1, args.repeats - 1) + [True]:
         stepper.forward_backward()
@@ -252,6 +253,25 @@ def measure_method(
         "shard_weights": shard,
         "sparse_layers": layers,
     }
+
+
+def check_same(stepper: "Stepper", optimizer: Any, fraction: float) -> None:
+    """Raise unless both ways come to the same masks from the same weights and gradients."""
+    from benchmarks import gather_broadcast
+
+    controller = stepper.controller
+    stepper.forward_backward()
+    controller.before_step(UPDATE_EVERY)
+    growing = controller.method.growth == "gradient"
+    kept = gather_broadcast.keep_gradients(controller) if growing else {}
+    masks = gather_broadcast.update(controller, kept, fraction, 1, apply=False)
+    optimizer.hold = True
+    controller.arm(UPDATE_EVERY, True, optimizer)
+    stepper.engine.step()
+    controller.after_step(optimizer)
+    optimizer.hold = False
+    if not gather_broadcast.same_masks(controller, masks):
+        raise SystemExit("the two updates come to different masks")
 
 
 class Nothing:

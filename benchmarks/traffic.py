@@ -34,7 +34,7 @@ def _size(tensor: torch.Tensor) -> int:
 
 @contextmanager
 def counted_traffic() -> Iterator[Traffic]:
-    """Count inside the block; other collectives than these raise `RuntimeError` there."""
+    """Count inside the block; other collectives on tensors raise `RuntimeError` there."""
     traffic, world = Traffic(), dist.get_world_size()
     kept: dict[str, Any] = {}
 
@@ -64,7 +64,11 @@ def counted_traffic() -> Iterator[Traffic]:
         "broadcast": broadcast,
         "send": send,
         **dict.fromkeys(
-            ("all_gather", "gather", "scatter", "reduce", "reduce_scatter_tensor", "all_to_all"),
+            (
+                *("all_gather", "gather", "scatter", "reduce", "reduce_scatter"),
+                *("reduce_scatter_tensor", "all_to_all", "all_to_all_single"),
+                *("isend", "batch_isend_irecv", "all_gather_object", "broadcast_object_list"),
+            ),
             refuse,
         ),
     }

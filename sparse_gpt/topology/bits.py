@@ -37,9 +37,16 @@ def unpack(data: Tensor) -> Tensor:
 
 def positions_in(packed: np.ndarray) -> np.ndarray:
     """Positions of the bits that are set, int64, ascending; cheap where they are few."""
-    place = np.flatnonzero(packed != 0)  # searching bools is vectorised
-    inside = np.flatnonzero(np.unpackbits(packed.take(place)).view(np.bool_))
+    place = (packed != 0).nonzero()[0]  # searching bools is vectorised
+    inside = np.unpackbits(packed.take(place)).view(np.bool_).nonzero()[0]
     return (place.take(inside >> 3) << 3) + (inside & 7)
+
+
+def indices(flags: Tensor) -> Tensor:
+    """bool `[n]` -> positions where it is True, int64, ascending."""
+    if flags.device.type == "cpu":
+        return torch.from_numpy(flags.numpy().nonzero()[0])
+    return flags.nonzero().view(-1)
 
 
 def chunk_size(device: torch.device) -> int:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_gpt.topology.bits import chunk_size
+from sparse_gpt.topology.bits import chunk_size, chunks
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
@@ -40,7 +40,7 @@ def block_scores(
     largest = torch.zeros(len(parts), dtype=torch.int32, device=device)
     for i, part in enumerate(parts):
         if part is not None and part[1].numel():
-            largest[i] = _bits(part[1]).max()
+            largest[i] = _largest(part[1])
     tops = reduce_max(largest).tolist()
     if any(top >= _INFINITY for top in tops):
         raise ValueError("scores are not finite: no topology update")
@@ -53,6 +53,12 @@ def block_scores(
         if part is not None and part[1].numel():
             _add_part(out.view(grid), part, shape[1], block, None if score == "max" else top)
     return list((reduce_sum if score == "l2" else reduce_max)(flat).split(sizes))
+
+
+def _largest(values: Tensor) -> Tensor:
+    """0-d int32: the bits of the largest magnitude."""
+    ranges = chunks(values.numel(), values.device)
+    return torch.stack([_bits(values[start:stop]).max() for start, stop in ranges]).max()
 
 
 def _bits(values: Tensor) -> Tensor:

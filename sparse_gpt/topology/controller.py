@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparse_gpt.errors import UserError
 from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import Pattern
 from sparse_gpt.topology.bits import Bits, chunks
@@ -98,7 +99,7 @@ class TopologyController:
         if saved is None:
             self._draw(units)
         else:
-            self.load(saved, units)
+            self.load(self.read(saved), units)
 
     def _draw(self, counts: dict[str, int]) -> None:
         """The first topology: random masks of exact counts, from (seed, layer name)."""
@@ -109,33 +110,50 @@ class TopologyController:
             [empty[n].bits for n in names], [0] * len(names), [empty[n].units for n in names]
         )
         drawn = units.best("random", ~nothing, [counts[name] for name in names])
-        self._install(names, [empty[name] for name in names], drawn)
+        self.masks = empty
+        self._install(names, drawn)
 
-    def load(self, saved: SavedMasks, counts: dict[str, int]) -> None:
-        """Replace the topology by a saved one, with its number of active units; zeroes outside.
-
-        A collective; raises like `check_agreement`.
-        """
-        names, masks = list(self.layers), []
-        for name in names:
+    def read(self, saved: SavedMasks) -> dict[str, Bits]:
+        """What this rank holds of saved masks. Changes nothing; no collective."""
+        read = {}
+        for name in self.layers:
             mask = self._empty_mask(name)
             flags = saved.mask(name, mask.start, mask.bits.numel)
-            masks.append(replace(mask, bits=Bits.of(flags).to(mask.bits.data.device)))
-        totals = [mask.units for mask in masks]
-        loaded = UnitSet([mask.bits for mask in masks], [counts[n] for n in names], totals)
-        self._install(names, masks, loaded)
+            read[name] = Bits.of(flags).to(self.shards.state_device)
+        return read
+
+    def load(self, read: dict[str, Bits], counts: dict[str, int]) -> None:
+        """Replace the topology by one that was read, with its number of active units.
+
+        Zeroes masters and moments outside. A collective; every rank raises `UserError` where a
+        mask has another number.
+        """
+        names = list(self.layers)
+        self.masks = {name: self._empty_mask(name) for name in names}
+        totals = [self.masks[name].units for name in names]
+        loaded = UnitSet([read[name] for name in names], [counts[n] for n in names], totals)
+        self._install(names, loaded)
+        wrong = self._wrong_counts()
+        if wrong:
+            raise UserError(f"the saved mask of {wrong[0]} has not {counts[wrong[0]]} active units")
         self.check_agreement()
+
+    def zero_outside(self) -> None:
+        """Zero masters and moments outside the masks."""
+        for name, mask in self.masks.items():
+            fragment = self.shards.fragment(name)
+            if fragment is not None:
+                mask.zero_outside_(list(fragment.tensors().values()), fragment.start)
 
     def _empty_mask(self, name: str) -> LayerMask:
         out_features, in_features = self.shards.shape(name)
         shape, fragment = (out_features, in_features), self.shards.fragment(name)
-        device = self.shards.device if fragment is None else fragment.master.device
         rows, columns = self.structure.grid(shape)
         start, numel = 0, rows * columns
         if self.structure.unstructured:
             start = 0 if fragment is None else fragment.start
             numel = 0 if fragment is None else fragment.numel
-        return LayerMask(shape, self.structure.block, Bits.empty(numel, device), start, 0)
+        return LayerMask(shape, self.structure.block, Bits.empty(numel, self.shards.state_device), start, 0)
 
     def is_update(self, step: int) -> bool:
         """Whether the topology changes at step t (from 1)."""
@@ -161,6 +179,7 @@ class TopologyController:
         B and outside.
         """
         finite = torch.ones((), dtype=torch.bool, device=self.shards.device)
+        self.shards.settle()
         self._dense_gradients = self.grows_by_gradient(step)
         for name, fragment, gradient in self._gradients():
             finite &= torch.isfinite(torch.linalg.vector_norm(gradient.float())).to(finite.device)
@@ -212,11 +231,16 @@ class TopologyController:
         active = UnitSet([m.bits for m in old], [m.active for m in old], [m.units for m in old])
         fraction, index = self.schedule.drop_fraction(step), self.schedule.update_index(step)
         units = self._units(names, index, scored=True, whole_model=self.whole_model)
-        new = self.method.update(units, active, fraction)
+        try:
+            new = self.method.update(units, active, fraction)
+        except ValueError as error:  # on every rank
+            raise UserError(
+                f"step {step}: {error}; a weight became infinite or NaN in it. Lower optimizer.lr"
+            ) from error
         grown = torch.stack([(n - o).count() for n, o in zip(new.parts, active.parts)])
         if self.structure.unstructured:
             grown = self.shards.sum_over_ranks(grown)
-        self._install(names, old, new)
+        self._install(names, new, old)
         assert self._report is not None
         self._report = UpdateReport(
             self._report.active + sum(new.sizes),
@@ -227,7 +251,7 @@ class TopologyController:
     def _units(self, names: list[str], index: int, scored: bool, whole_model: bool) -> Units:
         """The units of some layers, with what scores they have on this step."""
         parts: list[LayerPart] = []
-        empty = torch.zeros(0, device=self.shards.device)
+        empty = torch.zeros(0, device=self.shards.state_device)
         dense = scored and self.method.growth == "gradient"
         for name in names:
             fragment = self.shards.fragment(name)
@@ -255,24 +279,23 @@ class TopologyController:
             self.structure.score,
             self.shards.sum_over_ranks,
             self.shards.max_over_ranks,
-            self.masks[names[0]].bits.data.device,
+            self.shards.state_device,
             common_scale=self.whole_model,
         )
 
-    def _install(self, names: list[str], old: list[LayerMask], new: UnitSet) -> None:
-        """Make sets of units the masks; zero weights and moments that were not or are not in them.
+    def _install(self, names: list[str], new: UnitSet, old: list[LayerMask] | None = None) -> None:
+        """Make sets of units the masks; zero weights and moments outside, and those of new units.
 
-        A grown weight starts at zero with zero moments, whatever the dense gradient did to it.
+        `old`: the masks before, in an update: a grown weight starts at zero with zero moments,
+        whatever the dense gradient did to it. Without them every unit is as old as the run.
         """
-        for name, mask, bits, size in zip(names, old, new.parts, new.sizes, strict=True):
-            self.masks[name] = replace(mask, bits=bits, active=size)
+        for i, name in enumerate(names):
+            mask = replace(self.masks[name], bits=new.parts[i], active=new.sizes[i])
+            self.masks[name] = mask
             fragment = self.shards.fragment(name)
-            if fragment is None:
-                continue
-            kept = self.masks[name]
-            if mask.active:
-                kept = replace(mask, bits=mask.bits & bits)
-            kept.zero_outside_(list(fragment.tensors().values()), fragment.start)
+            if fragment is not None:
+                kept = mask if old is None else replace(mask, bits=old[i].bits & mask.bits)
+                kept.zero_outside_(list(fragment.tensors().values()), fragment.start)
         if self.show_patterns:
             for name, pattern in self.patterns(names):
                 self.layers[name].pattern = pattern
@@ -329,9 +352,16 @@ class TopologyController:
             dist.all_reduce(low, op=dist.ReduceOp.MIN)
             if int(low[0]) != -int(low[1]):
                 raise RuntimeError("the ranks' topologies differ: a bug, or a corrupted rank")
-        counts = [mask.bits.count() for mask in self.masks.values()]
-        found = torch.stack(counts).to(self.shards.device)
+        wrong = self._wrong_counts()
+        if wrong:
+            raise RuntimeError(f"the mask of {wrong[0]} has not its number of active units: a bug")
+
+    def _wrong_counts(self) -> list[str]:
+        """Layers whose masks have not the active units they should. A collective."""
+        if not self.masks:
+            return []
+        found = torch.stack([mask.bits.count() for mask in self.masks.values()])
         if self.structure.unstructured:
             found = self.shards.sum_over_ranks(found)
-        if found.tolist() != [mask.active for mask in self.masks.values()]:
-            raise RuntimeError("a mask has not the number of active units it should: a bug")
+        pairs = zip(self.masks.items(), found.tolist(), strict=True)
+        return [name for (name, mask), count in pairs if count != mask.active]

@@ -37,8 +37,11 @@ class Source(ABC):
         return self.candidates.data.device
 
     @abstractmethod
-    def keys(self, start: int, stop: int) -> Tensor:
-        """int32 keys of local positions `[start, stop)`, candidates or not."""
+    def keys(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """int32 keys of local positions `[start, stop)`, candidates or not.
+
+        `out`: memory for them, int32 of that many or more, which is used again and again.
+        """
 
     @abstractmethod
     def keys_at(self, positions: Tensor) -> Tensor:
@@ -56,8 +59,9 @@ class LargestMagnitude(Source):
         super().__init__(candidates, start, total, base)
         self.values = values
 
-    def keys(self, start: int, stop: int) -> Tensor:
-        return self.values[start:stop].float().view(torch.int32) & _MAGNITUDE
+    def keys(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        bits = self.values[start:stop].float().view(torch.int32)
+        return torch.bitwise_and(bits, _MAGNITUDE, out=None if out is None else out[: stop - start])
 
     def keys_at(self, positions: Tensor) -> Tensor:
         return self.values[positions].float().view(torch.int32) & _MAGNITUDE
@@ -69,8 +73,8 @@ class LargestMagnitude(Source):
 class SmallestMagnitude(LargestMagnitude):
     """Smallest |value| first."""
 
-    def keys(self, start: int, stop: int) -> Tensor:
-        return super().keys(start, stop).bitwise_xor_(_MAGNITUDE)
+    def keys(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        return super().keys(start, stop, out).bitwise_xor_(_MAGNITUDE)
 
     def keys_at(self, positions: Tensor) -> Tensor:
         return super().keys_at(positions).bitwise_xor_(_MAGNITUDE)
@@ -88,7 +92,7 @@ class Random(Source):
         super().__init__(candidates, start, total, base)
         self.key = key
 
-    def keys(self, start: int, stop: int) -> Tensor:
+    def keys(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self.key.range(self.start + start, self.start + stop, self.device)
 
     def keys_at(self, positions: Tensor) -> Tensor:

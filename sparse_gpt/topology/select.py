@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_gpt.topology.bits import Bits, chunks, pack, positions_in
+from sparse_gpt.topology.bits import Bits, chunk_size, chunks, indices, pack, positions_in
 from sparse_gpt.topology.keys import Source
 
 Reduce = Callable[[Tensor], Tensor]
@@ -171,7 +171,7 @@ def _propose(live: list[tuple[_Group, list[_Part]]], reduce: Reduce) -> None:
             _propose_from(group, np.sort(keys)[::-1][: np.count_nonzero(keys)], None)
             continue
         weights = np.concatenate(
-            [np.full(size, part.source.total / size) for part, size in zip(parts, sizes)]
+            [np.full(size, _stride(part.source, size)) for part, size in zip(parts, sizes)]
         )
         order = np.argsort(keys[: weights.size])[::-1][: np.count_nonzero(keys)]
         _propose_from(group, keys[order], weights[order])
@@ -183,12 +183,14 @@ def _sample_size(source: Source, layers: int) -> int:
     return min(source.total, size)
 
 
-def _sample_positions(source: Source, size: int) -> tuple[Tensor, Tensor]:
-    """(slot, local position) of what this rank holds of a layer's sample, both int64.
+def _stride(source: Source, size: int) -> int:
+    """From one sampled position to the next: odd, so that it does not run down a column."""
+    return -(-source.total // size) | 1
 
-    Every so many positions; an odd number, so that it does not run down a column.
-    """
-    stride = -(-source.total // size) | 1
+
+def _sample_positions(source: Source, size: int) -> tuple[Tensor, Tensor]:
+    """(slot, local position) of what this rank holds of a layer's sample, both int64."""
+    stride = _stride(source, size)
     first, last = -(-source.start // stride), -(-(source.start + source.numel) // stride)
     slot = torch.arange(first, last, device=source.device)
     return slot, slot * stride - source.start
@@ -256,12 +258,14 @@ def _scan(keys: Tensor, candidates: Tensor, low: int, high: int) -> tuple[Tensor
 
 def _count_all(group: _Group, part: _Part, row: Tensor, keep: bool, check: bool) -> None:
     """A pass over everything a source holds; keeps what is inside the bracket if asked to."""
-    source, above, places, found = part.source, [], [], []
+    source, above, places, found, finite = part.source, [], [], [], []
+    size = min(source.numel, chunk_size(source.device))
+    buffer = torch.empty(size, dtype=torch.int32, device=source.device)
     for start, stop in chunks(source.numel, source.device):
-        keys = source.keys(start, stop)
-        finite = source.is_finite(keys) if check else None
-        if finite is not None:
-            row[0] += ~finite
+        keys = source.keys(start, stop, buffer)
+        is_finite = source.is_finite(keys) if check else None
+        if is_finite is not None:
+            finite.append(is_finite)
         candidates = source.candidates.data[start // 8 : -(-stop // 8)]
         higher, place, inside = _scan(keys, candidates, group.low, group.high)
         above.append(higher)
@@ -273,6 +277,8 @@ def _count_all(group: _Group, part: _Part, row: Tensor, keep: bool, check: bool)
             _add_bins(group, source, place, inside, row[2:])
     if not above:
         return
+    if finite:
+        row[0] += (~torch.stack(finite)).any()
     part.above = Bits(torch.cat(above), source.numel) & source.candidates
     row[1] += part.above.count()
     if keep:
@@ -283,7 +289,7 @@ def _count_all(group: _Group, part: _Part, row: Tensor, keep: bool, check: bool)
 def _count_kept(group: _Group, part: _Part, row: Tensor) -> None:
     """The same from what an earlier pass kept."""
     if part.found is not None and part.keys is not None:
-        now = ((part.keys >= group.low) & (part.keys <= group.high)).nonzero().view(-1)
+        now = indices((part.keys >= group.low) & (part.keys <= group.high))
         _add_bins(group, part.source, part.found[now], part.keys[now], row[2:])
 
 
@@ -309,11 +315,13 @@ def _chosen(group: _Group, part: _Part) -> Bits:
     def taken(found: Tensor, keys: Tensor) -> Tensor:
         if last >= source.numel - 1:
             return keys >= low
+        if last < 0:  # perhaps less than what the positions' type holds
+            return keys > low
         return (keys > low) | ((keys == low) & (found <= last))
 
     if group.kept and part.above is not None:
         if part.found is not None and part.keys is not None:
-            chosen = taken(part.found, part.keys).nonzero().view(-1)
+            chosen = indices(taken(part.found, part.keys))
             part.above.add_(part.found[chosen].to(torch.int64))
         return part.above
     packed = []

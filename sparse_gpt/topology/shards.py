@@ -78,6 +78,14 @@ class Shards(ABC):
         """Where ranks exchange."""
         return self.engine.device
 
+    @property
+    def state_device(self) -> torch.device:
+        """Where masters and moments lie: the host with CPU offload. The same for all of them."""
+        return next(iter(self.base_optimizer.state)).device
+
+    def settle(self) -> None:
+        """Wait for averaged gradients that are still on their way to the host."""
+
     def batches(self) -> list[list[str]]:
         """Names of the parameters of each `optimizer.step` that one `engine.step` makes, in order.
 
@@ -176,6 +184,11 @@ class PartitionedOptimizerShards(Shards):
         if gradient.numel() == p.numel() != address.numel:
             gradient = gradient.narrow(0, address.start, address.numel)
         return gradient
+
+    def settle(self) -> None:
+        wait = getattr(self.engine.optimizer, "_wait_for_offload_copies", None)
+        if wait is not None:
+            wait()
 
     def zero_gradients(self) -> None:
         super().zero_gradients()

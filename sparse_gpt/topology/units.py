@@ -128,7 +128,10 @@ class ShardedUnits(Units):
     def _sizes(self, chosen: Sequence[Bits], counts: Sequence[int]) -> list[int]:
         if not self.whole_model:
             return list(counts)
-        return self.reduce(torch.stack([bits.count() for bits in chosen])).tolist()
+        sizes = self.reduce(torch.stack([bits.count() for bits in chosen])).tolist()
+        if sum(sizes) != counts[0]:
+            raise RuntimeError(f"{sum(sizes)} units were chosen, not {counts[0]}: a bug")
+        return sizes
 
 
 class BlockUnits(Units):

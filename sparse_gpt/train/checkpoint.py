@@ -16,6 +16,7 @@ from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.train import checkpoint_files as files
+from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.manifest import FORMAT, write_manifest
 from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
@@ -187,18 +188,27 @@ class Checkpointer:
             raise UserError(f"checkpoint {path} has weights alone: no run can go on from it")
         self._check_layers(path, reader.manifest["layers"])
         counts = {name: layer.active for name, layer in reader.layers.items()}
-        self.controller.load(reader, counts)
+        read: dict[str, Any] = {}
+        on_every_rank(lambda: read.update(self.controller.read(reader)), f"checkpoint {path}")
+        try:
+            self.controller.load(read, counts)
+        except UserError as error:  # on every rank
+            raise UserError(f"broken checkpoint {path}: {error}") from None
         if self.controller.digest() != reader.manifest["topology_digest"]:
             raise UserError(f"broken checkpoint {path}: the topology's digest is wrong")
         with torch.no_grad():
-            for name, fragment in self.shards.fragments():
-                for kind, tensor in fragment.tensors().items():
-                    tensor.copy_(reader.fragment(name, kind, fragment.start, fragment.numel))
+            on_every_rank(lambda: self._copy_fragments(reader), f"checkpoint {path}")
+            self.controller.zero_outside()
             self.shards.push_masters()
         set_optimizer_steps(self.shards.base_optimizer, reader.manifest["optimizer_steps"])
         if reader.manifest.get("world_size") == self.world_size:
             _set_rng_state(reader.rng(self.rank))
         return reader.manifest
+
+    def _copy_fragments(self, reader: files.CheckpointReader) -> None:
+        for name, fragment in self.shards.fragments():
+            for kind, tensor in fragment.tensors().items():
+                tensor.copy_(reader.fragment(name, kind, fragment.start, fragment.numel))
 
     def _check_layers(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse a topology of other layers, blocks or counts than this run's."""

@@ -16,7 +16,8 @@ code. Every file is checked against the manifest before it is used.
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,14 @@ class CheckpointReader:
             self._ranges[kind] = {name: sorted(parts) for name, parts in found.items()}
         return self._ranges[kind]
 
+    @contextmanager
+    def _open(self, file: str) -> Iterator[Any]:
+        try:
+            with safe_open(self.path / file, "numpy") as handle:
+                yield handle
+        except SafetensorError as error:
+            raise UserError(f"broken checkpoint {self.path}: {file}: {error}") from None
+
     def _read(self, kind: str, name: str, start: int, numel: int, total: int) -> np.ndarray:
         """`[start, start + numel)` of a flattened tensor of `total` elements."""
         pieces, position = [], start
@@ -166,7 +175,7 @@ class CheckpointReader:
             end = min(first + count, start + numel)
             if first > position or end <= position:
                 continue
-            with safe_open(self.path / file, "numpy") as handle:
+            with self._open(file) as handle:
                 pieces.append(handle.get_slice(name)[position - first : end - first])
             position = end
         if position != start + numel or start + numel > total:
@@ -213,7 +222,7 @@ class CheckpointReader:
             end = min(first + many, start + count)
             if first > position or end <= position:
                 continue
-            with safe_open(self.path / file, "numpy") as handle:
+            with self._open(file) as handle:
                 packed = handle.get_tensor(name)
             if packed.dtype != np.uint8 or packed.size != -(-many // 8):
                 break

@@ -36,7 +36,7 @@ class LayerEntry(_Strict):
     """One sparse layer: blocks of its grid, the block's shape, and active blocks."""
 
     grid: tuple[Count, Count]
-    block: tuple[Count, Count]
+    block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     active: Count
 
 

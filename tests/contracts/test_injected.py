@@ -23,6 +23,7 @@ LAYOUTS = [
 # Sorted by ranks: few pools are alive at once. All stages, all ranks, most pairs of them.
 DEFAULT = [
     *[(ranks, stage, "fp32", "none") for ranks, stage in ((1, 0), (1, 3), (2, 1), (2, 2))],
+    (2, 1, "bf16", "none"),
     *[(3, stage, "fp32", "none") for stage in (0, 1, 2, 3)],
     *[(3, stage, precision, "cpu") for stage, precision in ((1, "bf16"), (2, "fp32"), (3, "bf16"))],
     *[(4, stage, "fp32", "none") for stage in (0, 2, 3)],
