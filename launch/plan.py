@@ -31,11 +31,21 @@ def main() -> int:
     cluster.add_argument("--memory-gbs", type=float, default=3350, help="GB/s of a GPU's memory")
     cluster.add_argument("--network-gbs", type=float, default=50, help="GB/s of network a GPU")
     cluster.add_argument("--latency-us", type=float, default=50, help="microseconds an exchange")
+    cluster.add_argument("--launch-us", type=float, default=5, help="to start an operation")
     cluster.add_argument("--peak-tflops", type=float, default=989, help="of a GPU")
     cluster.add_argument("--mfu", type=float, default=0.4, help="share of the peak in training")
     parser.add_argument("--json", action="store_true", help="machine-readable, exact integers")
     args = parser.parse_intermixed_args()
-    flags = ("gpus", "vocab_size", "memory_gbs", "network_gbs", "latency_us", "peak_tflops", "mfu")
+    flags = (
+        "gpus",
+        "vocab_size",
+        "memory_gbs",
+        "network_gbs",
+        "latency_us",
+        "launch_us",
+        "peak_tflops",
+        "mfu",
+    )
     numbers = [(flag, getattr(args, flag)) for flag in flags]
     for flag, value in numbers + [("updates", value) for value in args.updates or ()]:
         if value is not None and not value > 0:
@@ -68,6 +78,7 @@ def main() -> int:
             memory=args.memory_gbs * 1e9,
             network=args.network_gbs * 1e9,
             latency=args.latency_us * 1e-6,
+            launch=args.launch_us * 1e-6,
             peak=args.peak_tflops * 1e12,
             mfu=args.mfu,
         )

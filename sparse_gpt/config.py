@@ -178,13 +178,18 @@ class ScheduleConfig(Section):
 
 
 class DeepSpeedConfig(Section):
-    """ZeRO, as DeepSpeed names it. Buckets are in elements."""
+    """ZeRO, as DeepSpeed names it. Buckets are in elements.
+
+    `communication_data_type`: what gradients are averaged in. bf16 halves their traffic, and
+    their sum then depends on the number of ranks, and with it which weights RigL grows.
+    """
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     offload_optimizer: Literal["none", "cpu"] = "none"
     reduce_bucket_size: Positive = 50_000_000
     allgather_bucket_size: Positive = 50_000_000
     overlap_comm: bool = True
+    communication_data_type: Literal["fp32", "bf16"] = "fp32"
     param_persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
 
 

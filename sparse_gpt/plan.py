@@ -16,6 +16,8 @@ from sparse_gpt.sparse_units import sparse_units
 from sparse_gpt.topology.cost import UpdateCost, update_cost
 from sparse_gpt.topology.methods import METHODS
 
+SUB_GROUP = 10**9  # elements of a rank that DeepSpeed steps at once at stage 3
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -159,16 +161,28 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         activations_checkpointed=activation_bytes(*memory_args, checkpointing=True),
         # fp32 master and two moments, and a bit a block.
         checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in all_units.values()),
-        update=update_cost(
-            method,
-            [count * block for count in all_units.values()],
-            block,
-            parameters,
-            world_size if config.deepspeed.zero_stage else 1,
-        )
-        if updates
-        else None,
+        update=_update_cost(config, all_units, block, parameters, world_size) if updates else None,
         update_freq=config.sparsity.update.freq,
+    )
+
+
+def _update_cost(
+    config: RunConfig, units: dict[str, int], block: int, parameters: int, world_size: int
+) -> UpdateCost:
+    weights = [count * block for count in units.values()]
+    whole_model, stage = config.sparsity.update.scope == "model", config.deepspeed.zero_stage
+    ranks = world_size if stage else 1
+    batches = 1
+    if stage == 3 and not whole_model:
+        batches = -(-sum(weights) // ranks // SUB_GROUP)
+    return update_cost(
+        METHODS[config.sparsity.algorithm],
+        weights,
+        block,
+        parameters,
+        ranks,
+        whole_model=whole_model,
+        batches=batches,
     )
 
 
@@ -248,13 +262,14 @@ def _bytes(count: int) -> str:
 class Cluster:
     """What times are estimated from: a GPU's memory and network in bytes/s, its peak in FLOP/s.
 
-    `latency`: seconds an exchange takes however small; `mfu`: share of the peak that training
+    `latency`: seconds an exchange takes however small; `launch`: to start an operation; `mfu`: share of the peak that training
     reaches. The defaults are an H100 SXM in bf16 with 400 Gbit/s of network a GPU.
     """
 
     memory: float = 3.35e12
     network: float = 50e9
     latency: float = 50e-6
+    launch: float = 5e-6
     peak: float = 989e12
     mfu: float = 0.4
 
@@ -262,8 +277,8 @@ class Cluster:
 def update_table(plans: Sequence[Plan], cluster: Cluster) -> str:
     """Topology updates of one run on different numbers of GPUs, a line a number.
 
-    Bytes and exchanges are counted; times follow from the cluster's figures. The training step
-    is what masked storage computes.
+    Exchanges and bytes follow the code; times follow from them and the cluster's figures, and were
+    not measured on a GPU. The training step is what masked storage computes.
     """
     head = (
         f"  {'GPUs':>6} {'exchanges':>9} {'sent/layer':>11} {'sent':>10} {'extra memory':>13} "
@@ -274,14 +289,14 @@ def update_table(plans: Sequence[Plan], cluster: Cluster) -> str:
         f"{plans[0].algorithm}, every {plans[0].update_freq} steps, ZeRO {plans[0].zero_stage}",
         f"  estimated for {cluster.memory / 1e9:.0f} GB/s memory, {cluster.network / 1e9:g} GB/s "
         f"network and {cluster.peak / 1e12:.0f} TFLOP/s a GPU at {cluster.mfu:.0%}, "
-        f"{cluster.latency * 1e6:g} us an exchange",
+        f"{cluster.latency * 1e6:g} us an exchange, {cluster.launch * 1e6:g} us an operation",
         head,
     ]
     for plan in plans:
         cost = plan.update
         if cost is None:
             raise UserError("sparsity: this run has no topology updates to estimate")
-        seconds = cost.seconds(cluster.memory, cluster.network, cluster.latency)
+        seconds = cost.seconds(cluster.memory, cluster.network, cluster.latency, cluster.launch)
         tokens = plan.global_batch_size * plan.seq_len
         flops = tokens * plan.masked_flops_per_token
         step = flops / (plan.ranks * cluster.peak * cluster.mfu)

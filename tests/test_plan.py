@@ -216,14 +216,14 @@ def test_the_cost_of_updates_is_in_the_plan():
     assert one.update is not None
     assert many.update is not None
     assert one.update.sent == 0
-    # Samples of 8,192 and two histograms of 2,050 numbers a layer, for the drop and the growth;
+    # Samples of 8,192 and three histograms of 2,050 numbers a layer, for the drop and the growth;
     # and what checks them.
-    assert many.update.payload == 72 * (2 * 4 * 8192 + 4 * 4 * 2050 + 2 * 8)
+    assert many.update.payload == 72 * (2 * 4 * 8192 + 2 * 3 * 4 * 2050 + 2 * 8)
     assert many.update.sent == 2 * many.update.payload * 31 // 32
     assert many.update.sent / 72 < 1e6
-    assert many.update.exchanges == one.update.exchanges == 8
+    assert many.update.exchanges == one.update.exchanges == 10
     assert many.update.extra < one.update.extra / 2  # a chunk stays
-    assert "8 exchanges" in render(many)
+    assert "10 exchanges" in render(many)
     assert plan(config(sparsity={"sparsity": 0.75, "algorithm": "static"}), VOCAB, 8).update is None
 
 

@@ -153,7 +153,8 @@ class TopologyController:
         if self.structure.unstructured:
             start = 0 if fragment is None else fragment.start
             numel = 0 if fragment is None else fragment.numel
-        return LayerMask(shape, self.structure.block, Bits.empty(numel, self.shards.state_device), start, 0)
+        bits = Bits.empty(numel, self.shards.state_device)
+        return LayerMask(shape, self.structure.block, bits, start, 0)
 
     def is_update(self, step: int) -> bool:
         """Whether the topology changes at step t (from 1)."""

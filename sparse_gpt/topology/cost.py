@@ -1,7 +1,8 @@
-"""What a topology update will cost: counted exchanges and bytes, and a time from bandwidths.
+"""What a topology update will cost: exchanges, bytes and memory, and a time from bandwidths.
 
-Counts follow `select` and `controller`; tests hold them against a running update. Scores without
-ties are assumed: ties add rounds to the layers that have them.
+Counts follow `select` and `controller`, and tests hold them against running updates. How many
+rounds of histograms a selection takes depends on its scores: one or two, and a third where scores
+in the last bin are equal, which happens in large layers. Three are assumed for all layers.
 """
 
 import math
@@ -14,7 +15,10 @@ from sparse_gpt.topology.bits import chunk_size
 from sparse_gpt.topology.methods import Method
 from sparse_gpt.topology.select import BINS, SAMPLE
 
-ROUNDS = 2  # exchanges of histograms in a selection of distinct scores
+ROUNDS = 3  # exchanges of histograms in a selection
+# Operations started on the device for a layer (counted for RigL; SET has about as many): chunks
+# of large layers, which take long enough to hide it, are not counted.
+_LAUNCHES = 170
 # Bytes of memory that a weight's part in an update moves where each operation reads and writes
 # its operands (GPU): keys, comparisons and packing of the drop, of growth by gradient or by
 # random scores; and zeroing the master and both moments.
@@ -25,23 +29,26 @@ _ADAM = 28
 
 @dataclass(frozen=True)
 class UpdateCost:
-    """One topology update of one rank. Bytes are exact counts but for `extra` (an upper estimate).
+    """One topology update of one rank; upper estimates, in bytes where nothing else is said.
 
     `payload`: handed to all-reduces; `sent`: what a ring moves of it out of a rank; `extra`: peak
-    memory beyond weights, moments and masks; `touched`: memory traffic; `adam`: of the optimizer
-    step over the same shard.
+    memory beyond weights, moments and masks; `launches`: operations started on the device;
+    `touched`: memory traffic; `adam`: of the optimizer step over the same shard.
     """
 
     exchanges: int
     payload: int
     sent: int
     extra: int
+    launches: int
     touched: int
     adam: int
 
-    def seconds(self, memory: float, network: float, latency: float) -> float:
-        """Time of the update: bytes/s of a rank's memory and network, seconds an exchange takes."""
-        return self.touched / memory + self.sent / network + self.exchanges * latency
+    def seconds(self, memory: float, network: float, latency: float, launch: float) -> float:
+        """Time of the update: bytes/s of a rank's memory and network, seconds that an exchange
+        and the start of an operation take."""
+        work = max(self.touched / memory, self.launches * launch)
+        return work + self.sent / network + self.exchanges * latency
 
 
 def update_cost(
@@ -51,36 +58,42 @@ def update_cost(
     parameters: int,
     ranks: int,
     on_gpu: bool = True,
+    whole_model: bool = False,
+    batches: int = 1,
 ) -> UpdateCost:
-    """Cost with `weights` in each sparse layer, sharded over `ranks`; layer-wise selection.
+    """Cost with `weights` in each sparse layer, sharded over `ranks` (1 where they are not).
 
-    `parameters`: of the whole model, which the optimizer's shard is a part of.
+    `parameters`: of the whole model, which the optimizer's shard is a part of. `whole_model`: the
+    scope of the selection. `batches`: optimizer steps in an engine's step, each with its own
+    exchanges (ZeRO 3 makes one a 10^9 weights of a rank).
     """
     layers, shard = len(weights), -(-sum(weights) // ranks)
     by_gradient = method.growth == "gradient"
-    counts = 2 * 8 * layers  # grown and active units, to check them
+    vectors = 1 + by_gradient
+    counts = 2 * 8 * layers  # grown units, and active ones to check them
     if block_size == 1:
-        sampled = 1 + by_gradient
-        samples = sum(4 * min(SAMPLE, size) for size in weights)
-        histograms = 2 * ROUNDS * layers * 4 * (2 + BINS)
-        payload = sampled * samples + histograms + counts
-        exchanges = sampled + 2 * ROUNDS + 2
+        groups = 1 if whole_model else layers
+        size = max(256, 4 * SAMPLE // layers) if whole_model and layers > 1 else SAMPLE
+        samples = vectors * sum(4 * min(size, weight) for weight in weights)
+        histograms = 2 * ROUNDS * groups * 4 * (2 + BINS)
+        payload = samples + histograms + counts + (2 * 8 * layers if whole_model else 0)
+        exchanges = vectors + 2 * ROUNDS + 1 + 2 * whole_model
         # Sets of units as bits (old, above, dropped, kept, inverse, grown), and what is kept
         # inside the brackets.
         extra = math.ceil(shard * (6 / 8 + 8 * 0.03)) + samples + histograms
     else:
         units = sum(size // block_size for size in weights)
-        vectors = 1 + by_gradient
-        payload = vectors * (8 * units + 4 * layers) + 2 * 8 + 8 * layers
-        exchanges = 2 * vectors + 1
+        payload = vectors * (8 * units + 4 * layers) + 2 * 8
+        exchanges = 2 * vectors
         extra = (2 * vectors + 1) * 8 * units
     extra += 32 * min(shard, chunk_size(torch.device("cuda" if on_gpu else "cpu")))
     grow = _GROW_GRADIENT if by_gradient else _GROW_RANDOM
     return UpdateCost(
-        exchanges=exchanges,
+        exchanges=batches * exchanges + 1,  # and a check at the end
         payload=payload,
         sent=2 * payload * (ranks - 1) // ranks,
         extra=extra,
+        launches=_LAUNCHES * layers,
         touched=shard * (_DROP + grow + _ZERO),
         adam=_ADAM * -(-parameters // ranks),
     )

@@ -84,7 +84,10 @@ class Shards(ABC):
         return next(iter(self.base_optimizer.state)).device
 
     def settle(self) -> None:
-        """Wait for averaged gradients that are still on their way to the host."""
+        """Wait for averaged gradients that are still on their way to the host (CPU offload)."""
+        wait = getattr(self.engine.optimizer, "_wait_for_offload_copies", None)
+        if wait is not None:
+            wait()
 
     def batches(self) -> list[list[str]]:
         """Names of the parameters of each `optimizer.step` that one `engine.step` makes, in order.
@@ -184,11 +187,6 @@ class PartitionedOptimizerShards(Shards):
         if gradient.numel() == p.numel() != address.numel:
             gradient = gradient.narrow(0, address.start, address.numel)
         return gradient
-
-    def settle(self) -> None:
-        wait = getattr(self.engine.optimizer, "_wait_for_offload_copies", None)
-        if wait is not None:
-            wait()
 
     def zero_gradients(self) -> None:
         super().zero_gradients()

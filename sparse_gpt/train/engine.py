@@ -102,6 +102,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32" if precision == "fp32" else d.communication_data_type,
     }
 
 

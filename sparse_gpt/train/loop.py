@@ -343,14 +343,18 @@ class Trainer:
             self.metrics.say(f"converted  {converted}")
 
     def _conversion(self, manifest: dict[str, Any]) -> str:
-        """What resuming on another layout changed; empty for the same one."""
+        """What resuming on another layout changed, in words; empty for the same one."""
         ranks, stage = manifest["world_size"], manifest["config"]["deepspeed"]["zero_stage"]
-        before = f"{ranks} ranks, ZeRO {stage}"
-        now = f"{self.world_size} ranks, ZeRO {self.config.deepspeed.zero_stage}"
+        before = f"{ranks} rank{'s' * (ranks > 1)}, ZeRO {stage}"
+        now = f"{self.world_size} rank{'s' * (self.world_size > 1)}, ZeRO "
+        now += str(self.config.deepspeed.zero_stage)
         if before == now:
             return ""
         text = f"{before} -> {now}: weights, moments, masks and the position in the data are exact"
         if ranks != self.world_size:
+            # Not those the run began with: it would drop the same units again.
+            key = derive_key(self.config.seed, "resumed", self.state.step, self.rank)
+            torch.manual_seed(key % 2**63)
             text += "; generators of dropout start anew"
         return text
 

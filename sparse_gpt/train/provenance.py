@@ -1,5 +1,6 @@
 """What a run folder records about where its numbers come from."""
 
+import functools
 import json
 import platform
 import subprocess
@@ -14,10 +15,7 @@ def write_provenance(run_dir: Path, resolved_config: str) -> None:
     """`config.yaml`, `environment.json`, `requirements.txt`, and the git revision and diff."""
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(resolved_config, encoding="utf-8")
-    packages = sorted(
-        f"{dist.metadata['Name']}=={dist.version}" for dist in metadata.distributions()
-    )
-    (run_dir / "requirements.txt").write_text("\n".join(packages) + "\n", encoding="utf-8")
+    (run_dir / "requirements.txt").write_text(_packages(), encoding="utf-8")
     source = Path(__file__).resolve().parents[2]
     environment = {
         "python": sys.version,
@@ -32,6 +30,13 @@ def write_provenance(run_dir: Path, resolved_config: str) -> None:
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
     (run_dir / "git.diff").write_text(_git(source, "diff", "HEAD") or "", encoding="utf-8")
+
+
+@functools.cache
+def _packages() -> str:
+    """What is installed; a second's work."""
+    packages = {f"{dist.metadata['Name']}=={dist.version}" for dist in metadata.distributions()}
+    return "\n".join(sorted(packages)) + "\n"
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

@@ -116,9 +116,10 @@ def test_traffic_is_counted_and_as_predicted(corpus, tmp_path, method):
             assert set(found["calls"]) == {"all_reduce"}
             payload = found["payload"] + found["check"]
             cost = update_cost(METHODS[method], found["weights"], 1, 10**7, ranks, on_gpu=False)
-            assert len(payload) <= cost.exchanges + 2  # ties of gradients add rounds
-            assert 0.6 * cost.payload < sum(payload) < 1.2 * cost.payload
-            assert found["peak"] < 1.2 * cost.extra
+            # Fewer rounds than assumed, down to two of the six.
+            assert cost.exchanges - 4 <= len(payload) <= cost.exchanges
+            assert 0.5 * cost.payload < sum(payload) <= cost.payload
+            assert found["peak"] <= cost.extra
             assert found["sent"] / len(found["weights"]) < 1e6
         sent[ranks, stage, width] = results[0]["payload"]
     # Neither the number of ranks nor the size of the layers changes what is exchanged, but for a
