@@ -262,8 +262,9 @@ def _bytes(count: int) -> str:
 class Cluster:
     """What times are estimated from: a GPU's memory and network in bytes/s, its peak in FLOP/s.
 
-    `latency`: seconds an exchange takes however small; `launch`: to start an operation; `mfu`: share of the peak that training
-    reaches. The defaults are an H100 SXM in bf16 with 400 Gbit/s of network a GPU.
+    `latency`: seconds an exchange takes however small; `launch`: to start an operation; `mfu`:
+    share of the peak that training reaches. The defaults are an H100 SXM in
+    bf16 with 400 Gbit/s of network a GPU.
     """
 
     memory: float = 3.35e12

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_gpt.topology import select
+from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.keys import LargestMagnitude
 from sparse_gpt.topology.select import select_top
 from tests.topology.exchange import splits
@@ -198,3 +199,13 @@ def test_the_same_on_a_gpu(kind):
             ((mine,),) = select_top([[here]], [k], many, lambda values: values)
             ((gpus,),) = select_top([[there]], [k], many, lambda values: values)
             assert torch.equal(mine.data, gpus.data.cpu())
+
+
+def test_a_tie_in_a_model_of_more_weights_than_32_bits_count():
+    """The cut lies in the first layer; the second begins far behind it."""
+    same, everything = torch.ones(1000), ~Bits.empty(1000)
+    for base in (1000, 3 << 30, (1 << 32) + 100):
+        sources = [LargestMagnitude(same, everything, 0, 1000, b) for b in (0, base)]
+        first, second = select_top([sources], [300], [2000], lambda values: values)[0]
+        assert first.positions().tolist() == list(range(300))
+        assert second.positions().tolist() == []
