@@ -65,6 +65,19 @@ def check_drift(path: Path, identity: dict[str, Any], allowed: tuple[str, ...]) 
         )
 
 
+def conversion(manifest: dict[str, Any], zero_stage: int, world_size: int) -> str:
+    """What resuming on another layout changes, in words; empty for the same one."""
+    ranks, stage = manifest["world_size"], manifest["config"]["deepspeed"]["zero_stage"]
+    if (ranks, stage) == (world_size, zero_stage):
+        return ""
+    before, now = (
+        f"{many} rank{'s' * (many > 1)}, ZeRO {zero}"
+        for many, zero in ((ranks, stage), (world_size, zero_stage))
+    )
+    text = f"{before} -> {now}: weights, moments, masks and the position in the data are exact"
+    return text + ("; generators of dropout start anew" if ranks != world_size else "")
+
+
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(tree, dict):
         items = tree.items()

@@ -22,7 +22,7 @@ from sparse_gpt.topology.controller import UpdateReport
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build
 from sparse_gpt.train.checkpoint import Checkpointer
-from sparse_gpt.train.drift import check_drift
+from sparse_gpt.train.drift import check_drift, conversion
 from sparse_gpt.train.engine import (
     build_model,
     deepspeed_config,
@@ -338,25 +338,13 @@ class Trainer:
         check_drift(newest, self.checkpointer.identity, self.config.checkpoint.allow_changed)
         manifest = self.load(newest)
         self.metrics.say(f"resumed    step {self.state.step}  {newest}")
-        converted = self._conversion(manifest)
+        converted = conversion(manifest, self.config.deepspeed.zero_stage, self.world_size)
         if converted:
             self.metrics.say(f"converted  {converted}")
-
-    def _conversion(self, manifest: dict[str, Any]) -> str:
-        """What resuming on another layout changed, in words; empty for the same one."""
-        ranks, stage = manifest["world_size"], manifest["config"]["deepspeed"]["zero_stage"]
-        before = f"{ranks} rank{'s' * (ranks > 1)}, ZeRO {stage}"
-        now = f"{self.world_size} rank{'s' * (self.world_size > 1)}, ZeRO "
-        now += str(self.config.deepspeed.zero_stage)
-        if before == now:
-            return ""
-        text = f"{before} -> {now}: weights, moments, masks and the position in the data are exact"
-        if ranks != self.world_size:
-            # Not those the run began with: it would drop the same units again.
+        if manifest["world_size"] != self.world_size:
+            # Not the generators the run began with: they would drop the same units again.
             key = derive_key(self.config.seed, "resumed", self.state.step, self.rank)
             torch.manual_seed(key % 2**63)
-            text += "; generators of dropout start anew"
-        return text
 
     def _log_step(self, step: int, health: StepHealth, lr: float) -> None:
         values = {

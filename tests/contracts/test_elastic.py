@@ -237,7 +237,7 @@ def test_a_run_that_moves_on_and_on(corpus, tmp_path, undisturbed, method):
 
 @pytest.mark.parametrize("layout", [(2, 2), (2, 3), (3, 1)], ids=str)
 def test_generators_of_dropout(corpus, tmp_path, undisturbed, layout):
-    """At the same number of ranks they go on; at another they start anew, from the seed."""
+    """At the same number of ranks they go on; at another they start anew, unlike the run did."""
     run, reference = undisturbed("dropout")
     now = go_on(corpus, run, tmp_path / "run", "dropout", layout)
     step = BEFORE + 1
@@ -246,8 +246,11 @@ def test_generators_of_dropout(corpus, tmp_path, undisturbed, layout):
         if len(now) == len(reference):
             assert rank.generators[step] == reference[number].generators[step]
         else:
-            fresh = torch.Generator().manual_seed(derive_key(1, "rank", number) % 2**63)
+            key = derive_key(1, "resumed", BEFORE, number)
+            fresh = torch.Generator().manual_seed(key % 2**63)
             assert rank.generators[step] == fresh.get_state().numpy().tobytes()
+            first = torch.Generator().manual_seed(derive_key(1, "rank", number) % 2**63)
+            assert rank.generators[step] != first.get_state().numpy().tobytes()
     same = len(now) == len(reference)
     check_same_course(reference, now, (step, step + 1), 2e-6 if same else 0.5)
     assert same or abs(now[0].losses[step] - reference[0].losses[step]) > 1e-4
@@ -257,7 +260,7 @@ EXACT = "weights, moments, masks and the position in the data are exact"
 SAID = {
     (3, 2): f"converted  2 ranks, ZeRO 1 -> 3 ranks, ZeRO 2: {EXACT}; "
     "generators of dropout start anew",
-    (1, 1): f"converted  2 ranks, ZeRO 1 -> 1 ranks, ZeRO 1: {EXACT}; "
+    (1, 1): f"converted  2 ranks, ZeRO 1 -> 1 rank, ZeRO 1: {EXACT}; "
     "generators of dropout start anew",
     (2, 3): f"converted  2 ranks, ZeRO 1 -> 2 ranks, ZeRO 3: {EXACT}",
     (2, 1): None,
