@@ -10,10 +10,11 @@ from sparse_gpt.ops import KERNELS, Kernel, Pattern
 class SparseLinear(nn.Module):
     """`y = x (A * W)^T + b`; without a pattern, exactly `nn.Linear`.
 
-    The weight is a dense `[out, in]` parameter (masked storage). Which entries take part is the
-    `pattern`; it belongs to the topology controller, which also sets `dense_grad` for the steps
-    whose dense gradient grows new weights. Neither is part of the state dict: a topology is saved
-    by the checkpoint, sharded.
+    The weight is a dense `[out, in]` parameter (masked storage). The topology controller keeps it
+    exactly zero outside the mask and masks its gradient where it is sharded, so a sparse layer
+    needs no `pattern` here; kernels that ask for one get it from the controller, with `dense_grad`
+    for the steps whose dense gradient grows new weights. Neither is part of the state dict: a
+    topology is saved by the checkpoint, sharded.
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:

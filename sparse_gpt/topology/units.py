@@ -63,10 +63,6 @@ class Units(ABC):
             return [int(fraction * sum(members.sizes))]
         return [int(fraction * size) for size in members.sizes]
 
-    def same(self, members: UnitSet) -> list[int]:
-        """As many as there are in a set: a layer, or in the whole model."""
-        return [sum(members.sizes)] if self.whole_model else list(members.sizes)
-
     @abstractmethod
     def best(self, score: Score, of: UnitSet, counts: Sequence[int]) -> UnitSet:
         """The first `counts` units of a set by a score; ties go to the lower index. A collective.
