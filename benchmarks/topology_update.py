@@ -6,7 +6,8 @@
 Prints a table and writes it as JSON. For each layout: the update's time against the optimizer's
 (Adam) step over the same shard, in the same run; bytes a rank sends; peak extra memory of a rank;
 the share of a training step of `--tokens` tokens a rank at an update every 100 steps. Speeds are
-ratios within one run: with more ranks than cores both sides share them.
+ratios within one run. The ranks begin the Adam step together, and the update; the slowest counts.
+With more ranks than cores both share them.
 """
 
 import argparse
@@ -193,6 +194,7 @@ def measure_method(
         ours.append(timed["inside"])
         adam.append(timed["adam"])
         training.append(timed["step"] - timed["inside"])
+    ours, adam, training = (slowest(times, device) for times in (ours, adam, training))
     box: dict[str, Any] = {}
 
     def counted() -> None:
@@ -213,7 +215,7 @@ def measure_method(
         assert bool(finite)
         growing = controller.method.growth == "gradient"
         with counted_traffic() as sent, PeakMemory() if measured else Nothing() as peak:
-            start = now(device)
+            start = together(device)
             kept = gather_broadcast.keep_gradients(controller) if growing else {}
             gather_broadcast.update(controller, kept, fraction, 1)
             if not measured:
@@ -254,6 +256,16 @@ def measure_method(
         "shard_weights": shard,
         "sparse_layers": layers,
     }
+
+
+def slowest(times: list[float], device: Any) -> list[float]:
+    """Of each repeat the time of the rank that took longest."""
+    import torch
+    import torch.distributed as dist
+
+    values = torch.tensor(times, dtype=torch.float64, device=device)
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 def check_same(stepper: "Stepper", optimizer: Any, fraction: float) -> None:
@@ -318,7 +330,7 @@ class Stepper:
         controller.arm(UPDATE_EVERY, inside is not None, self.optimizer)
 
         def timed() -> None:
-            begin = now(self.device)
+            begin = together(self.device)
             inside()
             spent["inside"] += now(self.device) - begin
 
@@ -327,9 +339,13 @@ class Stepper:
         inner, adam = type(self.optimizer).step, [0.0]
 
         def step(closure: Any = None) -> Any:
-            begin, before = now(self.device), spent["inside"]
+            hook, self.optimizer.on_stepped = self.optimizer.on_stepped, None
+            begin = together(self.device)
             result = inner(self.optimizer, closure)
-            adam[0] += now(self.device) - begin - (spent["inside"] - before)
+            adam[0] += now(self.device) - begin
+            self.optimizer.on_stepped = hook
+            if hook is not None:
+                hook()
             return result
 
         self.optimizer.step = step
@@ -346,6 +362,15 @@ def now(device: Any) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def together(device: Any) -> float:
+    """The time at which every rank has come here: what follows shares cores and memory alike."""
+    import torch.distributed as dist
+
+    now(device)
+    dist.barrier()
+    return now(device)
 
 
 def render(rows: list[dict[str, Any]]) -> str:

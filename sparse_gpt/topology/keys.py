@@ -51,13 +51,25 @@ class Source(ABC):
         """0-d bool: whether all scores behind some keys are finite; None where they must be."""
         return None
 
+    @property
+    def native(self) -> tuple[int, Tensor | None, int, int] | None:
+        """For passes.cpp: its kind of keys, their fp32 values, two seeds. None: it knows none."""
+        return None
+
 
 class LargestMagnitude(Source):
     """Largest |value| first. `values`: fp32 or lower, 1-D, of this rank's part."""
 
+    kind = 0
+
     def __init__(self, values: Tensor, candidates: Bits, start: int, total: int, base: int = 0):
         super().__init__(candidates, start, total, base)
         self.values = values
+
+    @property
+    def native(self) -> tuple[int, Tensor | None, int, int] | None:
+        simple = self.values.dtype == torch.float32 and self.values.is_contiguous()
+        return (self.kind, self.values, 0, 0) if simple else None
 
     def keys(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         bits = self.values[start:stop].float().view(torch.int32)
@@ -72,6 +84,8 @@ class LargestMagnitude(Source):
 
 class SmallestMagnitude(LargestMagnitude):
     """Smallest |value| first."""
+
+    kind = 1
 
     def keys(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return super().keys(start, stop, out).bitwise_xor_(_MAGNITUDE)
@@ -91,6 +105,10 @@ class Random(Source):
     def __init__(self, key: RandomKey, candidates: Bits, start: int, total: int, base: int = 0):
         super().__init__(candidates, start, total, base)
         self.key = key
+
+    @property
+    def native(self) -> tuple[int, Tensor | None, int, int]:
+        return 2, None, self.key.low & 0xFFFFFFFF, self.key.high & 0xFFFFFFFF
 
     def keys(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         return self.key.range(self.start + start, self.start + stop, self.device)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_gpt.topology import passes
 from sparse_gpt.topology.bits import Bits, chunks
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -70,6 +71,13 @@ class LayerMask:
         """
         values = [values] if isinstance(values, Tensor) else list(values)
         mask = self.on(values[0].device)
+        bits, place = mask.bits.data, start - self.start
+        simple = self.sharded and bits.device.type == "cpu" and place % 8 == 0
+        simple &= all(v.is_contiguous() and v.element_size() in _INTEGERS for v in values)
+        if simple and (native := passes.native_passes()):
+            for value in values:
+                native.keep_only(bits[place // 8 :], value)
+            return
         integers = [value.view(_INTEGERS[value.element_size()]) for value in values]
         for first, last in chunks(values[0].numel(), values[0].device):
             flags = mask.flags(start + first, start + last)

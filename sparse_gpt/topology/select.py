@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_gpt.topology.bits import Bits, chunk_size, chunks, indices, pack, positions_in
+from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.keys import Source
+from sparse_gpt.topology.passes import TOP, Bracket, Part
 
 Reduce = Callable[[Tensor], Tensor]
 
-TOP = 0x7FFFFFFF  # the largest key
 BINS = 2048
-SAMPLE = 1 << 13  # positions a layer, at most
+SAMPLE = 1 << 12  # positions a layer, at most
 SIGMAS = 4.0  # half width of the proposed bracket, in standard deviations of its rank
 KEPT_SHARE = 1 / 8  # of the candidates: more are not kept between rounds but looked for again
 
@@ -63,10 +63,10 @@ class _Group:
         return self.kept or self.inside <= max(SAMPLE, KEPT_SHARE * self.candidates)
 
     @property
-    def width(self) -> int:
-        """Keys or positions a bin."""
+    def bracket(self) -> Bracket:
         low, high = (self.first, self.last) if self.ties else (self.low, self.high)
-        return -(-(high - low + 1) // BINS)
+        width = -(-(high - low + 1) // BINS)
+        return Bracket(self.low, self.high, self.first, self.last, self.ties, width)
 
     def propose(self, low: int, high: int, share: float) -> None:
         """A bracket that probably holds the cut, and about that share of the candidates."""
@@ -86,10 +86,10 @@ class _Group:
                 self.inside = self.candidates - self.taken
                 return
             self.taken = above
-        self.kept, width = kept, self.width
+        self.kept, width = kept, self.bracket.width
         order = bins if self.ties else bins[::-1]
         counts = np.cumsum(order)
-        i = int(np.searchsorted(counts, self.need))
+        i = int(counts.searchsorted(self.need))
         self.taken += int(counts[i] - order[i])
         self.inside = int(order[i])
         if self.ties:
@@ -99,16 +99,6 @@ class _Group:
             self.low += (BINS - 1 - i) * width
             self.high = min(self.high, self.low + width - 1)
             self.ties = self.low == self.high
-
-
-@dataclass
-class _Part:
-    """What one source holds between rounds."""
-
-    source: Source
-    above: Bits | None = None  # keys above the bracket of the pass that kept
-    found: Tensor | None = None  # local positions inside it, ascending
-    keys: Tensor | None = None
 
 
 def select_top(
@@ -130,17 +120,17 @@ def select_top(
         if not 0 <= k <= many:
             raise ValueError(f"cannot choose {k} of {many} candidates")
         positions = max(source.base + source.total for source in sources)
-        states.append((_Group(k, many, positions), [_Part(source) for source in sources]))
+        states.append((_Group(k, many, positions), [Part(source) for source in sources]))
     live = [state for state in states if not state[0].done]
     _propose(live, reduce)
     first = True
     while live := [state for state in states if not state[0].done]:
         _round(live, reduce, check=first)
         first = False
-    return [[_chosen(group, part) for part in parts] for group, parts in states]
+    return [_chosen(group, parts) for group, parts in states]
 
 
-def _propose(live: list[tuple[_Group, list[_Part]]], reduce: Reduce) -> None:
+def _propose(live: list[tuple[_Group, list[Part]]], reduce: Reduce) -> None:
     """First brackets: from the distribution where it is known, else from a sample."""
     sampled = []
     for group, parts in live:
@@ -159,12 +149,10 @@ def _propose(live: list[tuple[_Group, list[_Part]]], reduce: Reduce) -> None:
     shares = [[_sample_size(part.source, len(parts)) for part in parts] for _, parts in sampled]
     sample = torch.zeros(len(sampled), max(map(sum, shares)), dtype=torch.int32, device=device)
     for row, (_, parts), sizes in zip(sample, sampled, shares):
-        for part, size, slots in zip(parts, sizes, row.split([*sizes, row.numel() - sum(sizes)])):
-            slot, at = _sample_positions(part.source, size)
-            if at.numel():
-                at, slot = at[mine := part.source.candidates.at(at).bool()], slot[mine]
-                # A candidate is its key + 1; 0 stays for what is none.
-                slots[slot] = part.source.keys_at(at).clamp_(max=TOP - 1).add_(1)
+        first = 0
+        for part, size in zip(parts, sizes):
+            part.sample(_stride(part.source, size), row[first : first + size])
+            first += size
     found = reduce(sample).cpu().numpy()
     for (group, parts), keys, sizes in zip(sampled, found, shares):
         if len(parts) == 1:
@@ -188,14 +176,6 @@ def _stride(source: Source, size: int) -> int:
     return -(-source.total // size) | 1
 
 
-def _sample_positions(source: Source, size: int) -> tuple[Tensor, Tensor]:
-    """(slot, local position) of what this rank holds of a layer's sample, both int64."""
-    stride = _stride(source, size)
-    first, last = -(-source.start // stride), -(-(source.start + source.numel) // stride)
-    slot = torch.arange(first, last, device=source.device)
-    return slot, slot * stride - source.start
-
-
 def _propose_from(group: _Group, keys: np.ndarray, weights: np.ndarray | None) -> None:
     """A bracket of `SIGMAS` standard deviations around the quantile of a descending sample."""
     if not keys.size:
@@ -204,17 +184,18 @@ def _propose_from(group: _Group, keys: np.ndarray, weights: np.ndarray | None) -
     rank = np.arange(1, keys.size + 1) if weights is None else np.cumsum(weights)
     total = float(rank[-1])
     half = SIGMAS * (share * (1 - share) / keys.size) ** 0.5 * total
-    i, j = np.searchsorted(rank, (share * total - half, share * total + half))
+    i, j = rank.searchsorted((share * total - half, share * total + half))
     high = int(keys[i - 1]) - 1 if i > 0 else TOP
     low = int(keys[j + 1]) - 1 if j + 1 < keys.size else 0
     # Ranks of the first and last sampled key inside; ties may widen it.
-    begin = int(np.searchsorted(-keys, -(high + 1), "left"))
-    end = int(np.searchsorted(-keys, -(low + 1), "right"))
+    ascending = keys[::-1]
+    begin = keys.size - int(ascending.searchsorted(high + 1, "right"))
+    end = keys.size - int(ascending.searchsorted(low + 1, "left"))
     inside = rank[end - 1] - (rank[begin - 1] if begin else 0) if end > begin else 0
     group.propose(low, high, float(inside) / total)
 
 
-def _round(live: list[tuple[_Group, list[_Part]]], reduce: Reduce, check: bool) -> None:
+def _round(live: list[tuple[_Group, list[Part]]], reduce: Reduce, check: bool) -> None:
     """One exchange: exact counts for every unfinished group, which narrows its bracket."""
     device = live[0][1][0].source.device
     many = max(group.candidates for group, _ in live)
@@ -223,109 +204,22 @@ def _round(live: list[tuple[_Group, list[_Part]]], reduce: Reduce, check: bool) 
     stats = torch.zeros(len(live), 2 + BINS, dtype=dtype, device=device)
     kept = []
     for row, (group, parts) in enumerate(live):
-        keep = group.keep
+        keep, bracket = group.keep, group.bracket
         kept.append(keep)
         for part in parts:
             if group.kept:
-                _count_kept(group, part, stats[row])
+                part.count_kept(bracket, stats[row])
             else:
-                _count_all(group, part, stats[row], keep, check)
+                part.count_all(bracket, stats[row], keep, check)
     for (group, _), row, keep in zip(live, reduce(stats).cpu().numpy(), kept):
         if row[0]:
             raise ValueError("scores are not finite: no topology update")
         group.narrow(int(row[1]), row[2:].astype(np.int64), keep)
 
 
-def _scan(keys: Tensor, candidates: Tensor, low: int, high: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk of keys: packed bits of `keys > high`, candidates or not; and of the candidates with
-    `low <= key <= high` the positions (int64) and the keys.
-
-    In numpy on a CPU, whose comparisons and searches are vectorised there.
-    """
-    if keys.device.type != "cpu":
-        above = pack(keys > high)
-        inside = pack(keys >= low) & ~above & candidates
-        place = Bits(inside, keys.numel()).positions()
-        return above, place, keys[place]
-    array = keys.numpy()
-    over = np.packbits(array > high)
-    within = np.packbits(array >= low)
-    within &= ~over
-    within &= candidates.numpy()
-    place = positions_in(within)
-    return torch.from_numpy(over), torch.from_numpy(place), torch.from_numpy(array.take(place))
-
-
-def _count_all(group: _Group, part: _Part, row: Tensor, keep: bool, check: bool) -> None:
-    """A pass over everything a source holds; keeps what is inside the bracket if asked to."""
-    source, above, places, found, finite = part.source, [], [], [], []
-    size = min(source.numel, chunk_size(source.device))
-    buffer = torch.empty(size, dtype=torch.int32, device=source.device)
-    for start, stop in chunks(source.numel, source.device):
-        keys = source.keys(start, stop, buffer)
-        is_finite = source.is_finite(keys) if check else None
-        if is_finite is not None:
-            finite.append(is_finite)
-        candidates = source.candidates.data[start // 8 : -(-stop // 8)]
-        higher, place, inside = _scan(keys, candidates, group.low, group.high)
-        above.append(higher)
-        place += start
-        if keep:
-            places.append(place.to(torch.int32) if source.numel < 1 << 31 else place)
-            found.append(inside)
-        else:  # nothing grows with what lies inside
-            _add_bins(group, source, place, inside, row[2:])
-    if not above:
-        return
-    if finite:
-        row[0] += (~torch.stack(finite)).any()
-    part.above = Bits(torch.cat(above), source.numel) & source.candidates
-    row[1] += part.above.count()
-    if keep:
-        part.found, part.keys = torch.cat(places), torch.cat(found)
-        _add_bins(group, source, part.found, part.keys, row[2:])
-
-
-def _count_kept(group: _Group, part: _Part, row: Tensor) -> None:
-    """The same from what an earlier pass kept."""
-    if part.found is not None and part.keys is not None:
-        now = indices((part.keys >= group.low) & (part.keys <= group.high))
-        _add_bins(group, part.source, part.found[now], part.keys[now], row[2:])
-
-
-def _add_bins(group: _Group, source: Source, found: Tensor, keys: Tensor, bins: Tensor) -> None:
-    if group.ties:
-        place = found.to(torch.int64) + (source.base + source.start)
-        place = place[(place >= group.first) & (place <= group.last)] - group.first
-    else:
-        place = keys - group.low
-    if place.numel():
-        index = torch.div(place, group.width, rounding_mode="floor")
-        bins += torch.bincount(index, minlength=BINS).to(bins.dtype)
-
-
-def _chosen(group: _Group, part: _Part) -> Bits:
-    """What a finished bracket means for one source."""
-    source = part.source
-    if group.k == 0 or source.numel == 0:
-        return Bits.empty(source.numel, source.device)
-    # All that is inside is taken: every key above `low`, and those equal to it up to `last`.
-    low, last = group.low, group.last - source.base - source.start
-
-    def taken(found: Tensor, keys: Tensor) -> Tensor:
-        if last >= source.numel - 1:
-            return keys >= low
-        if last < 0:  # perhaps less than what the positions' type holds
-            return keys > low
-        return (keys > low) | ((keys == low) & (found <= last))
-
-    if group.kept and part.above is not None:
-        if part.found is not None and part.keys is not None:
-            chosen = indices(taken(part.found, part.keys))
-            part.above.add_(part.found[chosen].to(torch.int64))
-        return part.above
-    packed = []
-    for start, stop in chunks(source.numel, source.device):
-        found = torch.arange(start, stop, device=source.device)
-        packed.append(pack(taken(found, source.keys(start, stop))))
-    return Bits(torch.cat(packed), source.numel) & source.candidates
+def _chosen(group: _Group, parts: list[Part]) -> list[Bits]:
+    """What a finished bracket means for sources: all above it and in it is taken."""
+    if group.k == 0:
+        return [Bits.empty(part.source.numel, part.source.device) for part in parts]
+    bracket = group.bracket
+    return [part.chosen(bracket, group.kept) for part in parts]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_gpt.topology import bits, select
+from sparse_gpt.topology import bits, passes, select
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.keys import LargestMagnitude, Random, SmallestMagnitude, Source
 from sparse_gpt.topology.random import RandomKey, random_scores
@@ -101,9 +101,11 @@ def check(kind: str, groups: list[list[Layer]], counts: list[int]) -> Outcome:
 
 
 @contextmanager
-def tuned(bins=2048, sample=1 << 14, sigmas=5.0, share=1 / 8, chunk=None):
-    """Other constants of the selection; `chunk`: positions looked at at once."""
+def tuned(bins=2048, sample=1 << 14, sigmas=5.0, share=1 / 8, chunk=None, native=True):
+    """Other constants of the selection; `chunk`: positions looked at at once; with C++ or not."""
     with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr(passes, "native_passes", lambda: None)
         patch.setattr(select, "BINS", bins)
         patch.setattr(select, "SAMPLE", sample)
         patch.setattr(select, "SIGMAS", sigmas)

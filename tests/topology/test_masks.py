@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparse_gpt.topology import bits
+from sparse_gpt.topology import bits, passes
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.masks import LayerMask, SavedLayer
 
@@ -77,8 +77,8 @@ def test_flags(case, data):
 
 
 @settings(max_examples=200, deadline=None)
-@given(masks(), st.sampled_from(DTYPES), st.integers(0, 2**32), CHUNKS)
-def test_zero_outside(case, dtype, seed, chunk):
+@given(masks(), st.sampled_from(DTYPES), st.integers(0, 2**32), CHUNKS, st.booleans())
+def test_zero_outside(case, dtype, seed, chunk, native):
     """Bit by bit: what is inside stays, NaN and -0 too; what is outside becomes +0."""
     mask, inside, start, stop = case
     generator = torch.Generator().manual_seed(seed)
@@ -88,6 +88,8 @@ def test_zero_outside(case, dtype, seed, chunk):
     wanted[start:stop][~inside[start:stop]] = 0.0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bits, "chunk_size", lambda device: chunk)
+        if not native:
+            patch.setattr(passes, "native_passes", lambda: None)
         mask.zero_outside_(everything[start:stop], start)
     assert same_bits(everything, wanted)
 

@@ -27,6 +27,7 @@ TUNINGS = st.fixed_dictionaries(
         "sigmas": st.sampled_from([0.0, 0.1, 5.0]),
         "share": st.sampled_from([0.0, 1 / 8]),
         "chunk": st.sampled_from([8, 24, 1 << 17]),
+        "native": st.booleans(),
     }
 )
 SMALLEST, LARGEST = 2.0**-149, float(torch.finfo(torch.float32).max)
@@ -125,6 +126,7 @@ def try_larger_layers(seed: int) -> None:
         sigmas=rng.choice([0.0, 5.0]),
         share=rng.choice([0.0, 1 / 8]),
         chunk=rng.choice([8, 64, 1 << 17]),
+        native=rng.random() < 0.5,
     ):
         check(rng.choice(KINDS), groups, counts)
 
@@ -155,15 +157,15 @@ def test_larger_layers(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("sample", [4])
-def test_every_count(kind, sample):
+@pytest.mark.parametrize("native", [True, False])
+def test_every_count(kind, native):
     """A cut just above a guessed bracket, at its ends, just below it; on values and on ties."""
     generator = torch.Generator().manual_seed(3)
     values = torch.randn(60, generator=generator)
     everything = torch.ones(60, dtype=torch.bool)
     for of in (values, (values * 3).round()):
         layer = Layer(of, everything, [(0, 25), (25, 60)])
-        with tuned(bins=16, sample=sample, sigmas=0.0):
+        with tuned(bins=16, sample=4, sigmas=0.0, native=native):
             for k in range(61):
                 check(kind, [[layer]], [k])
 
