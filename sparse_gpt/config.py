@@ -4,14 +4,22 @@ What DeepSpeed gets is derived from it in `train/engine.py`, never written by th
 """
 
 import math
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.ift import MEMBERS
-from sparse_gpt.model.flops import fraction_of_steps, steps_for_tokens
+from sparse_gpt.ift import FORMS, MEMBERS, Transform
+from sparse_gpt.ift.forms import layer_of, solve_size
+from sparse_gpt.ift.wide import exact
+from sparse_gpt.model.flops import (
+    fraction_of_steps,
+    layer_shapes,
+    linear_shapes,
+    steps_for_tokens,
+)
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.model.presets import preset
 
@@ -43,14 +51,24 @@ class ModelConfig(Section):
 
 
 class IFTConfig(Section):
-    """The Sparse-IFT member that turns the base model into a wider, sparse one.
+    """The Sparse-IFT member that turns the base model into a sparse one of the same FLOPs.
+
+    `wide` widens the model; `parallel`, `factorized`, `doped` and `low_rank` give the layers that
+    `sparsity.param_filter` names another form (see `ift.forms`). `low_rank` has dense weights in a
+    model `k_lr` times as wide. `non_linearity` is the sigma of these forms; relu is the paper's
+    (section 3, App. C.2, there behind a BatchNorm).
 
     `iso_flop: layer` keeps each sparsified layer's FLOPs (the papers' GPT rows); `head: dense`
     leaves the tied LM head dense at the wide width.
     """
 
-    member: Literal["none", "wide"] = "none"
+    member: Literal["none", "wide", "parallel", "factorized", "doped", "low_rank"] = "none"
     sparsity: Fraction | None = None  # default: sparsity.sparsity
+    non_linearity: Literal["identity", "relu", "gelu"] | None = None  # default: relu
+    k_lr: Annotated[float, Field(ge=1.0)] = 1.0
+    keep_dense: tuple[str, ...] = ()  # layers of param_filter that stay plain and dense
+    sizes: dict[str, Annotated[int, Field(ge=0)]] | None = None  # branches or inner widths by
+    # layer (h.0.attn.q, ...); default: solved from the sparsity
     iso_flop: Literal["layer"] = "layer"
     heads: Literal["keep", "fixed_d_head"] = "keep"
     head: Literal["dense"] = "dense"
@@ -268,8 +286,35 @@ class RunConfig(Section):
                 f"seq_len {self.seq_len} is longer than model.n_positions {self.model.n_positions}"
             )
         _ = self.dims
+        self._check_ift()
         self._check_blocks()
         return self
+
+    def _check_ift(self) -> None:
+        ift, changes_form = self.ift, self.ift.member in FORMS
+        for key in ("non_linearity", "sizes"):
+            if getattr(ift, key) is not None and not changes_form:
+                raise ValueError(
+                    f"ift.{key}: member {ift.member} has layers of the plain form; leave it out, "
+                    f"or set ift.member to one of {', '.join(FORMS)}"
+                )
+        if ift.k_lr != 1.0 and ift.member != "low_rank":
+            raise ValueError(f"ift.k_lr: for member low_rank alone, not {ift.member}; leave it out")
+        if ift.member == "low_rank" and (self.sparsity.sparsity or ift.sparsity):
+            raise ValueError(
+                "ift.member: low_rank has dense weights; set sparsity.sparsity: 0 and choose the "
+                "width with ift.k_lr (Sparse Wide's is sqrt(1 / (1 - s)))"
+            )
+        layers = layer_shapes(self.dims)
+        for glob in ift.keep_dense:
+            if not any(fnmatchcase(f"{layer}.weight", glob) for layer in layers):
+                raise ValueError(
+                    f"ift.keep_dense: {glob} matches no layer; layers are "
+                    "h.<i>.attn.{q,k,v,o}.weight and h.<i>.mlp.{fc1,fc2}.weight"
+                )
+        for layer in (ift.sizes or {}).keys() - layers.keys():
+            raise ValueError(f"ift.sizes: {layer} is no layer; layers are h.0.attn.q, ...")
+        _ = self.transform
 
     def _check_blocks(self) -> None:
         b_out, b_in = self.sparsity.structure.block
@@ -282,6 +327,13 @@ class RunConfig(Section):
                         f"(of the model as trained); choose another block, or set "
                         f"ift.multiple_of: {math.lcm(b_out, b_in)}"
                     )
+        for name, (out, inner) in linear_shapes(self.dims, self.transform).items():
+            if out % b_out or inner % b_in:
+                raise ValueError(
+                    f"sparsity.structure.block: {b_out} x {b_in} does not divide {name} "
+                    f"({out} x {inner}); choose another block, or set ift.multiple_of: "
+                    f"{math.lcm(b_out, b_in)}"
+                )
 
     @property
     def base_dims(self) -> dict[str, int]:
@@ -307,11 +359,51 @@ class RunConfig(Section):
         """The dimensions of the model as trained, after the Sparse-IFT member."""
         if self.ift.member == "none":
             return self.base_dims
-        sparsity = self.ift.sparsity if self.ift.sparsity is not None else self.sparsity.sparsity
+        sparsity = exact(self.ift_sparsity)
+        if self.ift.member == "low_rank":  # as wide as Sparse Wide with k_sw = k_lr
+            sparsity = 1 - 1 / exact(self.ift.k_lr) ** 2
         widen = MEMBERS[self.ift.member]
         return widen(
             self.base_dims, sparsity, heads=self.ift.heads, multiple_of=self.width_multiple
         )
+
+    @property
+    def ift_sparsity(self) -> float:
+        """The sparsity that the member's sizes are solved from."""
+        return self.sparsity.sparsity if self.ift.sparsity is None else self.ift.sparsity
+
+    def names_layer(self, weight: str) -> bool:
+        """Whether `sparsity.param_filter` chooses a weight and `ift.keep_dense` does not.
+
+        A weight of a transformed layer is chosen by the plain weight's name, or by its own.
+        """
+        names = {weight, f"{layer_of(weight)}.weight"}
+
+        def any_of(globs: tuple[str, ...]) -> bool:
+            return any(fnmatchcase(name, glob) for name in names for glob in globs)
+
+        return any_of(self.sparsity.param_filter) and not any_of(self.ift.keep_dense)
+
+    @property
+    def transform(self) -> Transform | None:
+        """Which layers the member gives another form; None for `none` and `wide`."""
+        if self.ift.member not in FORMS:
+            return None
+        sizes = self.ift.sizes
+        if sizes is None:
+            base = layer_shapes(self.base_dims)
+            sizes = {
+                layer: solve_size(
+                    self.ift.member,
+                    self.ift_sparsity,
+                    shape,
+                    base[layer],
+                    self.width_multiple or 1,
+                )
+                for layer, shape in layer_shapes(self.dims).items()
+                if self.names_layer(f"{layer}.weight")
+            }
+        return Transform(self.ift.member, self.ift.non_linearity or "relu", sizes)
 
     @property
     def width_multiple(self) -> int | None:
@@ -330,6 +422,7 @@ class RunConfig(Section):
             layer_norm_epsilon=self.model.layer_norm_epsilon,
             init_std=self.model.init_std,
             activation_checkpointing=self.model.activation_checkpointing,
+            transform=self.transform,
         )
 
     @property

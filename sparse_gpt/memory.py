@@ -68,18 +68,41 @@ def activation_bytes(
     (fused attention), only their row sums. Dropout adds a byte-wide mask for each residual branch.
     With checkpointing a block keeps its input, and one block at a time all of it. The head keeps
     its logits, and fp32 copies for the loss. On a CPU attention with dropout is not fused and
-    keeps S x S scores a head as well; they are not counted.
+    keeps S x S scores a head as well; they are not counted. Transformed layers keep
+    `inside_elements` besides.
     """
     size = 2 if precision == "bf16" else 4
     d, f = config.d_model, config.d_ff
     block = size * (8 * d + 2 * f) + 4 * config.n_head + 4 * 4  # and the LayerNorms' statistics
     if config.dropout:
         block += 2 * d
-    layers = config.n_layer * block
+    inside = [size * elements for elements in inside_elements(config)]
+    layers = config.n_layer * block + sum(inside)
     if checkpointing:
-        layers = config.n_layer * size * d + block
+        layers = config.n_layer * size * d + block + max(inside)
     ends = size * 2 * d + (size + 2 * 4) * config.vocab_size
     return batch * seq_len * (layers + ends)
+
+
+def inside_elements(config: GPTConfig) -> list[int]:
+    """Elements a token that each block's transformed layers keep besides inputs and outputs.
+
+    The inner width, twice where the non-linearity keeps its input (gelu) and V its output; and
+    what the non-linearity of each branch, or of Doped's sparse part, keeps.
+    """
+    blocks = [0] * config.n_layer
+    transform = config.transform
+    if transform is None:
+        return blocks
+    linear, gelu = (transform.non_linearity == kind for kind in ("identity", "gelu"))
+    for layer, size in transform.sizes.items():
+        out = config.layer_shapes[layer][0]
+        kept = {
+            "parallel": 0 if linear else size * out,
+            "doped": size + (0 if linear else out),
+        }.get(transform.member, 2 * size if gelu else size)
+        blocks[int(layer.split(".")[1])] += kept
+    return blocks
 
 
 def by_stage(

@@ -8,9 +8,10 @@ from typing import Any
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.errors import UserError
+from sparse_gpt.ift.forms import Transform
 from sparse_gpt.ift.iso_flop import Residual, residual
 from sparse_gpt.memory import StageMemory, activation_bytes, by_stage
-from sparse_gpt.model.flops import FlopsLedger, sequence_flops
+from sparse_gpt.model.flops import FlopsLedger, linear_weights, sequence_flops
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.sparse_units import sparse_units
 from sparse_gpt.topology.cost import UpdateCost, update_cost
@@ -81,11 +82,14 @@ class Plan:
         return tree
 
 
-def parameter_count(dims: dict[str, int], vocab_size: int, n_positions: int) -> int:
+def parameter_count(
+    dims: dict[str, int], vocab_size: int, n_positions: int, transform: Transform | None = None
+) -> int:
     """Parameters of a GPT: embeddings (the head is tied), weights, biases and LayerNorms."""
     d, f = dims["d_model"], dims["d_ff"]
-    block = 4 * (d * d + d) + (2 * d * f + f + d) + 4 * d
-    return (vocab_size + n_positions) * d + dims["n_layer"] * block + 2 * d
+    weights = sum(weight.numel for weight in linear_weights(dims, transform).values())
+    biases = 4 * d + f + d
+    return (vocab_size + n_positions) * d + weights + dims["n_layer"] * (biases + 4 * d) + 2 * d
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | None = None) -> Plan:
@@ -105,7 +109,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
     active = {name: count * block for name, (count, _) in units.items()}
     all_units = {name: count for name, (_, count) in units.items()}
     dense_weights = sum(all_units.values()) * block
-    ledger = FlopsLedger.of(dims, config.seq_len, vocab_size, active)
+    ledger = FlopsLedger.of(dims, config.seq_len, vocab_size, active, gpt.transform)
     base_flops = sequence_flops(base, config.seq_len, vocab_size).total
 
     steps, batch = config.total_steps(world_size), config.batch(world_size)
@@ -117,7 +121,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         updates = max(0, last) // config.sparsity.update.freq
     extra = updates * batch * ledger.dense_gradient if method.growth == "gradient" else 0
 
-    parameters = parameter_count(dims, vocab_size, gpt.n_positions)
+    parameters = parameter_count(dims, vocab_size, gpt.n_positions, gpt.transform)
     micro = config.micro_batch_size
     memory_args = (gpt, micro, config.seq_len, precision)
     return Plan(
@@ -129,7 +133,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         algorithm=config.sparsity.algorithm,
         sparsity=config.sparsity.sparsity,
         achieved_sparsity=1 - sum(active.values()) / dense_weights if active else 0.0,
-        layer_residual=residual(base, dims, active)["all"],
+        layer_residual=residual(base, dims, active, gpt.transform)["all"],
         parameters=parameters,
         active_parameters=parameters - dense_weights + sum(active.values()),
         base_parameters=parameter_count(base, vocab_size, gpt.n_positions),
@@ -206,6 +210,8 @@ def render(plan: Plan) -> str:
             f"  iso-FLOP     {plan.ift_member}, per {plan.iso_flop} (not per model): sparsified "
             f"layers {100 * float(r.excess):+.3f} % of the base model's FLOPs from rounding"
         )
+    if m.transform is not None:
+        lines.append(f"  layers       {_forms(m.transform)}")
     lines += [
         f"  FLOPs/token  {_flops(plan.flops_per_token)}, "
         f"{_ratio(plan.flops_per_token, plan.base_flops_per_token)} of the dense base model "
@@ -241,6 +247,16 @@ def render(plan: Plan) -> str:
             f"{_bytes(u.extra)} more memory, every {plan.update_freq} steps (times: --updates)"
         )
     return "\n".join(lines)
+
+
+def _forms(transform: Transform) -> str:
+    """The sizes of the transformed layers, by kind: `attn.q 4, ..., mlp.fc2 4`."""
+    what = "branches" if transform.member == "parallel" else "inner width"
+    sizes: dict[str, set[int]] = {}
+    for layer, size in transform.sizes.items():
+        sizes.setdefault(".".join(layer.split(".")[2:]), set()).add(size)
+    each = ", ".join(f"{kind} {'/'.join(map(str, sorted(s)))}" for kind, s in sizes.items())
+    return f"{transform.member}, sigma = {transform.non_linearity}; {what}: {each or 'no layer'}"
 
 
 def _flops(count: int) -> str:

@@ -5,6 +5,7 @@ import pytest
 from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import validate
 from sparse_gpt.errors import UserError
+from sparse_gpt.model.flops import layer_shapes
 
 PILE = {
     "data": [{"path": "pile"}],
@@ -98,6 +99,35 @@ REFUSED = {
     "algorithm": ({"sparsity__algorithm": "rigel"}, "sparsity.algorithm"),
     "empty path": ({"data": [{"weight": 1.0}]}, "data.0.path"),
     "weight": ({"data": [{"path": "x", "weight": 0.0}]}, "data.0.weight"),
+    "sigma of a plain layer": (
+        {"ift": {"member": "wide", "non_linearity": "relu"}},
+        "ift.non_linearity: member wide has layers of the plain form",
+    ),
+    "sizes of plain layers": ({"ift": {"sizes": {}}}, "ift.sizes: member none has layers"),
+    "k_lr of another": ({"ift": {"member": "doped", "k_lr": 2.0}}, "ift.k_lr: for member low_rank"),
+    "sparse low rank": (
+        {"ift": {"member": "low_rank"}, "sparsity__sparsity": 0.5},
+        "low_rank has dense weights; set sparsity.sparsity: 0",
+    ),
+    "keep_dense of nothing": (
+        {"ift": {"keep_dense": ["h.2.*"]}},
+        "ift.keep_dense: h.2.* matches no layer",
+    ),
+    "size of no layer": (
+        {"ift": {"member": "doped", "sizes": {"h.2.attn.q": 1}}},
+        "ift.sizes: h.2.attn.q is no layer",
+    ),
+    "no branch": (
+        {"ift": {"member": "parallel", "sizes": {"h.1.attn.q": 0}}},
+        "h.1.attn.q: size 0 is not 1 or more",
+    ),
+    "block and an inner width": (
+        {
+            "ift": {"member": "factorized", "sizes": {"h.1.attn.q": 30}},
+            "sparsity": {"sparsity": 0.5, "structure": {"type": "block", "block": [16, 16]}},
+        },
+        "16 x 16 does not divide h.1.attn.q.u.weight (30 x 64)",
+    ),
 }
 
 
@@ -179,3 +209,49 @@ def test_blocks_steer_the_widths_of_sparse_wide():
     )
     assert config.dims["d_model"] == 96 and config.dims["d_ff"] == 368
     assert make(ift__member="wide", sparsity__sparsity=0.0).dims == make().dims
+
+
+def test_members_that_change_the_form_of_layers():
+    config = make(ift__member="parallel", sparsity__sparsity=0.75)
+    assert config.transform is not None
+    assert config.transform.non_linearity == "relu"
+    assert config.transform.sizes == dict.fromkeys(layer_shapes(config.dims), 4)
+    assert config.dims == make().dims
+    assert config.gpt_config(9).transform == config.transform
+    for member in ("none", "wide"):
+        assert make(ift__member=member, sparsity__sparsity=0.75).transform is None
+
+
+def test_layers_a_member_leaves_alone():
+    config = make(
+        ift__member="doped",
+        ift__sparsity=0.5,
+        ift__keep_dense=["h.0.*"],
+        sparsity__sparsity=0.75,
+        sparsity__param_filter=["h.*.mlp.*"],
+    )
+    assert config.transform is not None
+    assert config.transform.sizes == {"h.1.mlp.fc1": 26, "h.1.mlp.fc2": 26}  # of 25.6
+    assert config.names_layer("h.1.mlp.fc1.weight") and config.names_layer("h.1.mlp.fc1.u.weight")
+    assert not config.names_layer("h.0.mlp.fc1.weight")
+    assert not config.names_layer("h.1.attn.q.weight")
+
+
+def test_low_rank_widens_by_k_lr():
+    config = make(ift__member="low_rank", ift__k_lr=2.0)
+    assert (config.dims["d_model"], config.dims["d_ff"]) == (128, 512)
+    assert config.transform is not None
+    # 64 * 64 / (128 + 128), 64 * 256 / (128 + 512)
+    assert config.transform.sizes["h.0.attn.q"] == 16
+    assert config.transform.sizes["h.1.mlp.fc2"] == 26
+    assert make(ift__member="low_rank").dims == make().dims
+
+
+def test_blocks_steer_inner_widths():
+    config = make(
+        ift__member="factorized",
+        sparsity__sparsity=0.5,
+        sparsity__structure={"type": "block", "block": [16, 16]},
+    )
+    assert config.transform is not None
+    assert config.transform.sizes["h.0.mlp.fc1"] == 96  # 102.4

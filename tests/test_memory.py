@@ -3,13 +3,20 @@
 import pytest
 import torch
 
+from sparse_gpt.ift import Transform
 from sparse_gpt.memory import activation_bytes, by_stage, states
+from sparse_gpt.model.flops import LAYERS
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.ops import Pattern
 
 
-def gpt_config(n_layer: int, checkpointing: bool = False) -> GPTConfig:
+def gpt_config(
+    n_layer: int, checkpointing: bool = False, form: tuple[str, str] | None = None
+) -> GPTConfig:
+    """`form`: member and non-linearity of every layer, of size 3."""
+    layers = (f"h.{n}.{part}" for n in range(n_layer) for part in LAYERS)
     return GPTConfig(
+        transform=None if form is None else Transform(*form, dict.fromkeys(layers, 3)),
         n_layer=n_layer,
         n_head=4,
         d_model=64,
@@ -59,6 +66,17 @@ def test_what_a_block_keeps(precision, checkpointing, patterns):
     # CPU attention keeps its row sums, and LayerNorm its statistics, in the compute type or fp32.
     slack = 0 if precision == "fp32" else 3 * 3 * 32 * (4 * 4 + 16)
     assert abs((planned[1] - planned[0]) - (sizes[1] - sizes[0])) <= slack
+
+
+@pytest.mark.parametrize("non_linearity", ["identity", "relu", "gelu"])
+@pytest.mark.parametrize("member", ["parallel", "factorized", "doped", "low_rank"])
+def test_what_transformed_layers_keep(member, non_linearity):
+    models = [gpt_config(n, form=(member, non_linearity)) for n in (1, 3)]
+    sizes = [kept_bytes(model, 3, torch.float32, False) for model in models]
+    planned = [activation_bytes(model, 3, 32, "fp32", False) for model in models]
+    assert planned[1] - planned[0] == sizes[1] - sizes[0]
+    checkpointed = [activation_bytes(model, 3, 32, "fp32", True) for model in models]
+    assert checkpointed[1] - checkpointed[0] == 2 * 3 * 32 * 4 * 64
 
 
 def test_checkpointing_keeps_one_block_whole():

@@ -64,6 +64,24 @@ def test_parameters_are_the_models(name):
     assert parameter_count(dims, VOCAB, 2048) == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.parametrize("member", ["parallel", "factorized", "doped", "low_rank"])
+def test_a_plan_of_transformed_layers(member):
+    ift = {"member": member, "non_linearity": "gelu"}
+    sparsity = {"sparsity": 0.0 if member == "low_rank" else 0.6}
+    small = {"n_layer": 2, "n_head": 2, "d_model": 64}
+    run = config(model=small, ift=ift, sparsity=sparsity)
+    result = plan(run, 257, 1)
+    model = GPT(run.gpt_config(257))
+    assert result.parameters == sum(p.numel() for p in model.parameters())
+    assert abs(float(result.layer_residual.excess)) < 0.005
+    if member != "low_rank":
+        assert result.flops_per_sequence == result.base_flops_per_sequence
+    text = render(result)
+    size = run.transform.sizes["h.1.mlp.fc1"]
+    assert f"layers       {member}, sigma = gelu" in text and f"mlp.fc1 {size}" in text
+    assert json.loads(json.dumps(result.as_dict()))["model"]["transform"]["member"] == member
+
+
 def test_gpt2_small_has_its_known_size():
     assert parameter_count(preset("gpt3-small"), VOCAB, 1024) == 124_439_808
 

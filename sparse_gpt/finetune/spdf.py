@@ -21,6 +21,7 @@ from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.hf import ImportedWeights
+from sparse_gpt.ift import Transform
 from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.checkpoint_files import open_checkpoint
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
@@ -145,7 +146,7 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
             layer_norm_epsilon=gpt.layer_norm_epsilon,
             activation_checkpointing=config.activation_checkpointing,
         ),
-        ift=IFTConfig(member="none"),
+        ift=_ift(gpt.transform),
         sparsity=sparsity,
         optimizer=config.optimizer,
         schedule=config.schedule,
@@ -153,6 +154,19 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
         checkpoint=config.checkpointing,
         evaluation=evaluation,
         logging=config.logging,
+    )
+
+
+def _ift(transform: Transform | None) -> IFTConfig:
+    """The forms of the source's layers, as they are; its widths are the model's own."""
+    if transform is None:
+        return IFTConfig()
+    return construct(
+        IFTConfig,
+        "fine-tuning",
+        member=transform.member,
+        non_linearity=transform.non_linearity,
+        sizes=dict(transform.sizes),
     )
 
 

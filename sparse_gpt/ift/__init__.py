@@ -1,10 +1,12 @@
-"""Sparse-IFT members: from the dimensions of the dense base model to those of the sparse one.
+"""Sparse-IFT members: from the dense base model to the sparse one of the same FLOPs.
 
-`MEMBERS[name](dims, sparsity, heads=..., multiple_of=...) -> dims`.
+`MEMBERS[name](dims, sparsity, heads=..., multiple_of=...) -> dims` gives the dimensions, `forms`
+what the layers of the members in `FORMS` are made of.
 """
 
 from collections.abc import Callable
 
+from sparse_gpt.ift.forms import FORMS, Transform
 from sparse_gpt.ift.wide import widen
 
 
@@ -14,12 +16,19 @@ def unchanged(
     heads: str = "keep",
     multiple_of: int | None = None,
 ) -> dict[str, int]:
-    """No transformation: the base model's own dimensions, whatever the sparsity."""
+    """No other widths: the base model's own dimensions, whatever the sparsity."""
     return dict(dims)
 
 
 Member = Callable[..., dict[str, int]]
 
-MEMBERS: dict[str, Member] = {"none": unchanged, "wide": widen}
+MEMBERS: dict[str, Member] = {
+    "none": unchanged,
+    "wide": widen,
+    "parallel": unchanged,
+    "factorized": unchanged,
+    "doped": unchanged,
+    "low_rank": widen,
+}
 
-__all__ = ["MEMBERS", "Member", "unchanged", "widen"]
+__all__ = ["FORMS", "MEMBERS", "Member", "Transform", "unchanged", "widen"]

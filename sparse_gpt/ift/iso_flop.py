@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.model.flops import linear_shapes
+from sparse_gpt.ift.forms import Transform
+from sparse_gpt.model.flops import linear_shapes, linear_weights
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,26 @@ def solve_units(
 
 
 def residual(
-    base: Mapping[str, int], wide: Mapping[str, int], active: Mapping[str, int]
+    base: Mapping[str, int],
+    wide: Mapping[str, int],
+    active: Mapping[str, int],
+    transform: Transform | None = None,
 ) -> dict[str, Residual]:
     """Per kind of layer and in all (`"all"`): base MACs against active MACs per token.
 
-    `active` maps weight names of the wide model to counts of active weights; a layer left out
-    is dense.
+    `active` maps weight names of the model as trained (`wide`, `transform`) to counts of active
+    weights; a weight left out is dense.
     """
     base_macs: dict[str, int] = {}
     wide_macs: dict[str, int] = {}
-    for macs, dims, counts in ((base_macs, base, {}), (wide_macs, wide, active)):
-        for name, (out, inner) in linear_shapes(dims).items():
+    for macs, weights, counts in (
+        (base_macs, linear_weights(base), {}),
+        (wide_macs, linear_weights(wide, transform), active),
+    ):
+        for name, weight in weights.items():
             kind = ".".join(name.split(".")[2:4])
             for key in (kind, "all"):
-                macs[key] = macs.get(key, 0) + counts.get(name, out * inner)
+                macs[key] = macs.get(key, 0) + counts.get(name, weight.numel)
     kinds = [kind for kind in base_macs if kind != "all"]
     return {kind: Residual(base_macs[kind], wide_macs[kind]) for kind in [*kinds, "all"]}
 

@@ -8,26 +8,52 @@ h heads and a vocabulary of V (FACTS section 3):
 rho is the share of active weights in the sparsified layers; here it is a count of active weights,
 so nothing is rounded. 3 h S^2 is the softmax. Embedding look-ups, biases, LayerNorms and GELU do
 not count, causal attention is not halved, the head is dense, backward is twice forward.
+
+A layer that a Sparse-IFT member gave another form counts every weight it has; the member's
+non-linearity and its sums do not count, as GELU does not.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
+from sparse_gpt.ift.forms import LayerWeight, Transform, weights_of
 from sparse_gpt.ift.wide import exact
 
-WEIGHTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2")
+LAYERS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.fc1", "mlp.fc2")
 
 
-def linear_shapes(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
-    """`(out, in)` of every weight that can be sparse, by name: `h.0.attn.q.weight`, ..."""
+def layer_shapes(dims: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    """`(out, in)` of every linear layer of the blocks, by name: `h.0.attn.q`, ..."""
     d, f = dims["d_model"], dims["d_ff"]
     shapes = {"mlp.fc1": (f, d), "mlp.fc2": (d, f)}
     return {
-        f"h.{layer}.{weight}.weight": shapes.get(weight, (d, d))
-        for layer in range(dims["n_layer"])
-        for weight in WEIGHTS
+        f"h.{block}.{layer}": shapes.get(layer, (d, d))
+        for block in range(dims["n_layer"])
+        for layer in LAYERS
     }
+
+
+def linear_weights(
+    dims: Mapping[str, int], transform: Transform | None = None
+) -> dict[str, LayerWeight]:
+    """Every weight of the blocks' linear layers, by name.
+
+    `h.0.attn.q.weight`, ...; of a transformed layer `h.0.attn.q.branch.0.weight`, ...
+    """
+    return {
+        f"{layer}.{name}": weight
+        for layer, shape in layer_shapes(dims).items()
+        for name, weight in weights_of(transform, layer, shape).items()
+    }
+
+
+def linear_shapes(
+    dims: Mapping[str, int], transform: Transform | None = None
+) -> dict[str, tuple[int, int]]:
+    """`(out, in)` of every weight that can be sparse, by name: `h.0.attn.q.weight`, ..."""
+    weights = linear_weights(dims, transform)
+    return {name: weight.shape for name, weight in weights.items() if weight.sparse}
 
 
 def kept_units(units: int, sparsity: float) -> int:
@@ -39,7 +65,10 @@ def kept_units(units: int, sparsity: float) -> int:
 
 
 def active_counts(
-    dims: Mapping[str, int], sparsity: float, block: tuple[int, int] = (1, 1)
+    dims: Mapping[str, int],
+    sparsity: float,
+    block: tuple[int, int] = (1, 1),
+    transform: Transform | None = None,
 ) -> dict[str, int]:
     """Active weights of every layer at a uniform sparsity, in whole blocks.
 
@@ -48,7 +77,7 @@ def active_counts(
     size = block[0] * block[1]
     return {
         name: size * kept_units(out * inner // size, sparsity)
-        for name, (out, inner) in linear_shapes(dims).items()
+        for name, (out, inner) in linear_shapes(dims, transform).items()
     }
 
 
@@ -81,15 +110,16 @@ def sequence_flops(
     seq_len: int,
     vocab_size: int,
     active: Mapping[str, int] | None = None,
+    transform: Transform | None = None,
 ) -> SequenceFlops:
     """FLOPs of one sequence of `seq_len` tokens.
 
     `active` maps weight names to counts of active weights (`active_counts`, or a topology's
-    own); a layer left out is dense, and so is the whole model without it. Raises `ValueError`
-    for a name that is no layer of the model or a count the layer cannot hold.
+    own); a weight left out is dense, and so is the whole model without it. `transform`: the form
+    of layers that are not plain. Raises `ValueError` for a name that is no weight of the model or
+    a count that it cannot hold.
     """
-    shapes = linear_shapes(dims)
-    counts = {name: out * inner for name, (out, inner) in shapes.items()}
+    counts = {name: weight.numel for name, weight in linear_weights(dims, transform).items()}
     for name, count in (active or {}).items():
         if name not in counts or not 0 <= count <= counts[name]:
             raise ValueError(f"{count} active weights in {name}: not a layer that can hold them")
@@ -104,14 +134,19 @@ def sequence_flops(
     )
 
 
-def dense_gradient_extra(dims: Mapping[str, int], seq_len: int, active: Mapping[str, int]) -> int:
+def dense_gradient_extra(
+    dims: Mapping[str, int],
+    seq_len: int,
+    active: Mapping[str, int],
+    transform: Transform | None = None,
+) -> int:
     """FLOPs a sequence costs more on a step whose weight gradients are dense (RigL's updates).
 
     Forward and dX stay sparse; dW is 2 S out in per sparse layer in place of 2 S per active
     weight. `active` as for `sequence_flops`; layers left out are dense already.
     """
-    shapes = linear_shapes(dims)
-    dense = sum(shapes[name][0] * shapes[name][1] for name in active)
+    weights = linear_weights(dims, transform)
+    dense = sum(weights[name].numel for name in active)
     return 2 * seq_len * (dense - sum(active.values()))
 
 
@@ -134,12 +169,13 @@ class FlopsLedger:
         seq_len: int,
         vocab_size: int,
         active: Mapping[str, int] | None = None,
+        transform: Transform | None = None,
     ) -> "FlopsLedger":
-        """The ledger of a model; `active` as for `sequence_flops`."""
+        """The ledger of a model; `active` and `transform` as for `sequence_flops`."""
         return cls(
-            active=sequence_flops(dims, seq_len, vocab_size, active),
-            dense=sequence_flops(dims, seq_len, vocab_size),
-            dense_gradient=dense_gradient_extra(dims, seq_len, active or {}),
+            active=sequence_flops(dims, seq_len, vocab_size, active, transform),
+            dense=sequence_flops(dims, seq_len, vocab_size, None, transform),
+            dense_gradient=dense_gradient_extra(dims, seq_len, active or {}, transform),
         )
 
     def step(self, sequences: int, kind: str = "sparse") -> int:

@@ -6,15 +6,20 @@ are separate layers, so that each has its own topology; they are fused only at e
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparse_gpt.ift.forms import Transform, drawn_as, layer_of, weight_std
+from sparse_gpt.ift.layers import transformed_linear
+from sparse_gpt.model.flops import layer_shapes
 from sparse_gpt.model.linear import SparseLinear
 
 IGNORE = -100  # target value that is not scored
@@ -22,7 +27,10 @@ IGNORE = -100  # target value that is not scored
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Dimensions of a GPT. `d_head = d_model / n_head`; `n_positions` is the longest sequence."""
+    """All that a GPT is built from. `d_head = d_model / n_head`; `n_positions`: longest sequence.
+
+    `transform`: the layers that a Sparse-IFT member gave another form; None where all are plain.
+    """
 
     n_layer: int
     n_head: int
@@ -35,14 +43,35 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     init_std: float = 0.02
     activation_checkpointing: bool = False
+    transform: Transform | None = None
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
+        if self.transform is not None:
+            unknown = self.transform.sizes.keys() - self.layer_shapes.keys()
+            if unknown:
+                raise ValueError(f"{sorted(unknown)[0]} is not a layer of the model")
 
     @property
     def d_head(self) -> int:
         return self.d_model // self.n_head
+
+    @cached_property
+    def layer_shapes(self) -> dict[str, tuple[int, int]]:
+        """`(out, in)` of every linear layer of the blocks, by name: `h.0.attn.q`, ..."""
+        return layer_shapes({"n_layer": self.n_layer, "d_model": self.d_model, "d_ff": self.d_ff})
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> "GPTConfig":
+        """From what `dataclasses.asdict` made of one; `ValueError` for keys that do not fit."""
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        if not needed <= tree.keys() <= {field.name for field in fields(cls)}:
+            raise ValueError(f"a GPT has not the keys {sorted(tree)}")
+        given = dict(tree)
+        if given.get("transform") is not None:
+            given["transform"] = Transform(**given["transform"])
+        return cls(**given)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -51,14 +80,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def linear(config: GPTConfig, name: str) -> nn.Module:
+    """A linear layer of the blocks by name (`h.0.attn.q`), plain or in its member's form."""
+    out, inner = config.layer_shapes[name]
+    transform = config.transform
+    if transform is None or name not in transform.sizes:
+        return SparseLinear(inner, out)
+    return transformed_linear(
+        transform.member, transform.sizes[name], (out, inner), transform.non_linearity
+    )
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention; with document ids it also stops at their boundaries."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, name: str) -> None:
         super().__init__()
-        d = config.d_model
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.q, self.k, self.v, self.o = (SparseLinear(d, d) for _ in range(4))
+        self.q, self.k, self.v, self.o = (linear(config, f"{name}.{part}") for part in "qkvo")
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         batch, length, width = x.shape
@@ -80,10 +119,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """`fc2(act(fc1(x)))`."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, name: str) -> None:
         super().__init__()
-        self.fc1 = SparseLinear(config.d_model, config.d_ff)
-        self.fc2 = SparseLinear(config.d_ff, config.d_model)
+        self.fc1, self.fc2 = linear(config, f"{name}.fc1"), linear(config, f"{name}.fc2")
         self.act = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,14 +129,14 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One pre-LN transformer block."""
+    """One pre-LN transformer block, of the name `h.<i>`."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, name: str) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config)
+        self.attn = Attention(config, f"{name}.attn")
         self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, f"{name}.mlp")
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -119,11 +157,19 @@ class GPT(nn.Module):
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.n_positions, config.d_model)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, f"h.{i}") for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
-    def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """`input_ids [B, S]` -> final hidden states `[B, S, d_model]`, after the last LayerNorm."""
+    def hidden(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """`input_ids [B, S]` -> final hidden states `[B, S, d_model]`, after the last LayerNorm.
+
+        `positions [B, S]`: of each token; 0, 1, ... without it.
+        """
         length = input_ids.shape[1]
         if length > self.config.n_positions:
             raise ValueError(
@@ -131,7 +177,8 @@ class GPT(nn.Module):
                 f"{self.config.n_positions}"
             )
         mask = None if document_ids is None else document_mask(document_ids)
-        positions = torch.arange(length, device=input_ids.device)
+        if positions is None:
+            positions = torch.arange(length, device=input_ids.device)
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
         for block in self.h:
             if self.config.activation_checkpointing and self.training:
@@ -140,9 +187,14 @@ class GPT(nn.Module):
                 x = block(x, mask)
         return self.ln_f(x)
 
-    def logits(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    def logits(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """`[B, S]` -> `[B, S, vocab_size]` in the model's dtype; the head is the embedding."""
-        return F.linear(self.hidden(input_ids, document_ids), self.wte.weight)
+        return F.linear(self.hidden(input_ids, document_ids, positions), self.wte.weight)
 
     def forward(
         self,
@@ -163,7 +215,10 @@ class GPT(nn.Module):
         )
 
     def sparse_layers(self) -> dict[str, SparseLinear]:
-        """Every layer that can be sparse, by the name of its weight: `h.0.attn.q.weight`, ..."""
+        """Every layer that can be sparse, by the name of its weight: `h.0.attn.q.weight`, ...
+
+        The names and shapes are those of `model.flops.linear_shapes`.
+        """
         return {
             f"{name}.weight": module
             for name, module in self.named_modules()
@@ -184,10 +239,10 @@ class GPT(nn.Module):
         | biases                            | 0                                                |
         | LayerNorm                         | weight 1, bias 0                                 |
 
-        The same at every width and sparsity (the authors' GPT code; FACTS section 2). `gathered`
-        opens one parameter at a time where parameters are sharded.
+        The same at every width and sparsity (the authors' GPT code; FACTS section 2). Weights of
+        transformed layers: `ift.forms.weight_std` of these. `gathered` opens one parameter at a
+        time where parameters are sharded.
         """
-        residual_std = self.config.init_std / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
             with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
                 if name.endswith("bias"):
@@ -195,9 +250,22 @@ class GPT(nn.Module):
                 elif ".ln_" in name or name.startswith("ln_"):
                     parameter.fill_(1.0)
                 else:
-                    residual = name.endswith(("attn.o.weight", "mlp.fc2.weight"))
-                    std = residual_std if residual else self.config.init_std
-                    parameter.copy_(draw_weight(seed, name, tuple(parameter.shape), std))
+                    shape: tuple[int, ...] = tuple(parameter.shape)
+                    std = initial_std(self.config, name)
+                    parameter.copy_(draw_weight(seed, drawn_as(name), shape, std))
+
+
+def initial_std(config: GPTConfig, name: str) -> float:
+    """Standard deviation of a weight matrix or an embedding; see `GPT.init_weights`."""
+    layer, std = layer_of(name), config.init_std
+    if layer.endswith(("attn.o", "mlp.fc2")):
+        std /= math.sqrt(2 * config.n_layer)
+    transform = config.transform
+    if transform is None or layer not in transform.sizes:
+        return std
+    weight = name.removeprefix(f"{layer}.")
+    shape = config.layer_shapes[layer]
+    return weight_std(transform.member, transform.sizes[layer], shape, weight, std)
 
 
 def draw_weight(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:

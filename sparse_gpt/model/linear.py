@@ -1,4 +1,4 @@
-"""A linear layer whose weight may be sparse."""
+"""Linear layers: one whose weight may be sparse, and one that is dense and a part of another."""
 
 import torch
 import torch.nn.functional as F
@@ -17,21 +17,38 @@ class SparseLinear(nn.Module):
     topology is saved by the checkpoint, sharded.
     """
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-        self.bias = nn.Parameter(torch.empty(out_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.pattern: Pattern | None = None
         self.dense_grad = False
         self.kernel: Kernel = KERNELS["masked"]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`bias`: of the layer this one is a part of, where it has none of its own."""
+        bias = self.bias if bias is None else bias
         if self.pattern is None:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(x, self.weight, bias)
         grad = "dense" if self.dense_grad else "active"
-        return self.kernel(x, self.weight, self.bias, self.pattern, grad)
+        return self.kernel(x, self.weight, bias, self.pattern, grad)
 
     def extra_repr(self) -> str:
         block = None if self.pattern is None else self.pattern.block
         return f"in_features={self.in_features}, out_features={self.out_features}, block={block}"
+
+
+class DenseLinear(nn.Module):
+    """`y = x A^T`, or with the `bias` of the layer it is a part of; never sparse."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(x, self.weight, bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"

@@ -79,6 +79,11 @@ def check_source(
         for key in keys
         if getattr(wanted, key) != getattr(given, key)
     ]
+    if wanted.transform != given.transform:
+        members = [c.transform.member if c.transform else "plain" for c in (wanted, given)]
+        differing.append(
+            f"ift: layers of the form {members[0]} (the weights: {members[1]}), or of other sizes"
+        )
     if differing:
         raise UserError(f"the weights to start from are of another model: {'; '.join(differing)}")
 

@@ -13,7 +13,6 @@ done: what has the final name is complete. Everything is safetensors and JSON: l
 code. Every file is checked against the manifest before it is used.
 """
 
-import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -117,11 +116,10 @@ class CheckpointReader:
 
     @property
     def gpt_config(self) -> GPTConfig:
-        known = {field.name for field in dataclasses.fields(GPTConfig)}
-        given = self.manifest["gpt_config"]
-        if set(given) != known:
-            raise UserError(f"broken checkpoint {self.path}: gpt_config has keys {sorted(given)}")
-        return GPTConfig(**given)
+        try:
+            return GPTConfig.from_dict(self.manifest["gpt_config"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"broken checkpoint {self.path}: gpt_config: {error}") from None
 
     @property
     def tokenizer_path(self) -> Path | None:

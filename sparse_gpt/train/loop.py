@@ -117,7 +117,9 @@ class Trainer:
         self.shards.push_masters()
         masks = self.controller.masks
         active = {name: mask.active * mask.block_size for name, mask in masks.items()}
-        self.ledger = FlopsLedger.of(config.dims, config.seq_len, self.vocab_size, active)
+        self.ledger = FlopsLedger.of(
+            config.dims, config.seq_len, self.vocab_size, active, self.gpt_config.transform
+        )
         self.sparsity = _sparsity(*self.controller.counts())
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",
