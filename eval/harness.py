@@ -19,6 +19,7 @@ from eval.environment import QuietLogs, resolve_device, torch_dtype
 from eval.model_folder import ModelFolder, check_tokenizer
 from eval.progress import Progress
 from sparse_gpt.errors import UserError
+from sparse_gpt.hf import model as _registered  # noqa: F401
 
 # lm-eval's defaults, which the stock command uses too.
 SEEDS = {

@@ -126,6 +126,7 @@ def evaluate_folder(
     """The result of one folder on one text; None takes the model's positions and half of them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    import sparse_gpt.hf.model  # noqa: F401  (registers our own model type)
     from eval import text_source
 
     start = time.monotonic()

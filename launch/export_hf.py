@@ -1,4 +1,7 @@
-"""Write a checkpoint as a Hugging Face GPT-2 folder that stock transformers loads."""
+"""Write a checkpoint as a Hugging Face GPT-2 folder that stock transformers loads.
+
+What GPT-2 cannot express becomes a folder of sparse_gpt.hf.model, which the commands here load.
+"""
 
 import argparse
 import sys

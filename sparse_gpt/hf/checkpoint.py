@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.export import export_folder
+from sparse_gpt.hf.layout import is_gpt2
 from sparse_gpt.ops import Pattern
 from sparse_gpt.train.checkpoint_files import CheckpointReader, open_checkpoint
 
@@ -24,6 +25,7 @@ class Exported:
     sparsity: float
     bytes: int
     has_tokenizer: bool
+    stock: bool  # a GPT-2 folder, not one of our own model class
 
     def summary(self) -> str:
         """One line a fact."""
@@ -33,6 +35,7 @@ class Exported:
             f"  parameters {self.parameters:,}, active {self.active_parameters:,}, "
             f"sparsity of the sparse layers {self.sparsity:.6f}\n"
             f"  {self.bytes:,} bytes"
+            + ("" if self.stock else "; it loads once sparse_gpt.hf.model is imported")
         )
 
 
@@ -66,6 +69,7 @@ def export_checkpoint(
         sparsity=1 - active / dense if dense else 0.0,
         bytes=0,
         has_tokenizer=reader.tokenizer_path is not None,
+        stock=is_gpt2(reader.gpt_config),
     )
     size = export_folder(
         parameter,

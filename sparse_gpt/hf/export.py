@@ -1,5 +1,6 @@
-"""Write a Hugging Face GPT-2 folder, one tensor in memory at a time."""
+"""Write a Hugging Face folder, one tensor in memory at a time."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,16 @@ from torch import Tensor
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.durable import fsync_path, write_json
 from sparse_gpt.errors import UserError
-from sparse_gpt.hf.layout import INDEX_FILE, METADATA_FILE, WEIGHTS_FILE, Entry, layout
+from sparse_gpt.hf.layout import (
+    INDEX_FILE,
+    METADATA_FILE,
+    MODEL_TYPE,
+    WEIGHTS_FILE,
+    Entry,
+    is_gpt2,
+    layout,
+    prefix,
+)
 from sparse_gpt.model.gpt import GPTConfig
 
 DTYPES = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}
@@ -22,6 +32,17 @@ MAX_SHARD_BYTES = 5 * 10**9
 
 
 def _hf_config(config: GPTConfig, dtype: str, eos_id: int | None) -> dict[str, Any]:
+    if not is_gpt2(config):
+        return {
+            "architectures": ["SparseGPTForCausalLM"],
+            "model_type": MODEL_TYPE,
+            "dtype": dtype,
+            **dataclasses.asdict(config),
+            "tie_word_embeddings": True,
+            "use_cache": False,
+            "bos_token_id": eos_id,
+            "eos_token_id": eos_id,
+        }
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -58,6 +79,7 @@ def export_folder(
 ) -> int:
     """Write a folder that stock `transformers` loads as GPT2LMHeadModel; returns its bytes.
 
+    Where GPT-2 cannot express the model, a folder of `hf.model.SparseGPTForCausalLM`.
     `parameters(name)` gives a parameter of `GPT` by name; one tensor is held at a time. The
     tokenizer of `tokenizer_path` goes beside the weights in canonical form, `metadata` to
     `sparse_gpt.json`. The folder appears under its name only when complete. Raises `UserError`
@@ -83,7 +105,7 @@ def export_folder(
     try:
         if tokenizer_path is not None:
             copy_tokenizer(tokenizer_path, partial)
-        _write_weights(partial, shards, parameters, dtype)
+        _write_weights(partial, shards, parameters, dtype, prefix(config))
         write_json(partial / "config.json", _hf_config(config, dtype, eos_id))
         tokens = {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": eos_id}
         write_json(partial / "generation_config.json", tokens)
@@ -144,7 +166,11 @@ def _shards(entries: list[Entry], itemsize: int, limit: int) -> list[list[Entry]
 
 
 def _write_weights(
-    folder: Path, shards: list[list[Entry]], parameters: Callable[[str], Tensor], dtype: str
+    folder: Path,
+    shards: list[list[Entry]],
+    parameters: Callable[[str], Tensor],
+    dtype: str,
+    before: str,
 ) -> None:
     weight_map: dict[str, str] = {}
     total = 0
@@ -152,15 +178,19 @@ def _write_weights(
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) == 1:
             file = WEIGHTS_FILE
-        total += _write_safetensors(folder / file, shard, parameters, dtype)
-        weight_map.update({f"transformer.{entry.name}": file for entry in shard})
+        total += _write_safetensors(folder / file, shard, parameters, dtype, before)
+        weight_map.update({before + entry.name: file for entry in shard})
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / INDEX_FILE, index)
 
 
 def _write_safetensors(
-    path: Path, entries: list[Entry], parameters: Callable[[str], Tensor], dtype: str
+    path: Path,
+    entries: list[Entry],
+    parameters: Callable[[str], Tensor],
+    dtype: str,
+    before: str,
 ) -> int:
     """Stream a safetensors file: the header follows from shapes, then one tensor at a time.
 
@@ -171,7 +201,7 @@ def _write_safetensors(
     offset = 0
     for entry in entries:
         end = offset + _nbytes(entry, torch_dtype.itemsize)
-        header[f"transformer.{entry.name}"] = {
+        header[before + entry.name] = {
             "dtype": code,
             "shape": list(entry.shape),
             "data_offsets": [offset, end],

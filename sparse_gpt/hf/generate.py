@@ -51,6 +51,8 @@ def generate(
     from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
     from transformers.utils.logging import disable_progress_bar
 
+    import sparse_gpt.hf.model  # noqa: F401  (registers our own model type)
+
     disable_progress_bar()  # it would stand in front of the text
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():

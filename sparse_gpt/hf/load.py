@@ -1,5 +1,6 @@
-"""Read a Hugging Face GPT-2 folder: safetensors and JSON, nothing that runs code."""
+"""Read a Hugging Face folder, GPT-2's or our own: safetensors and JSON, nothing that runs code."""
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.errors import UserError
-from sparse_gpt.hf.layout import INDEX_FILE, WEIGHTS_FILE, Entry, layout
+from sparse_gpt.hf.layout import INDEX_FILE, MODEL_TYPE, WEIGHTS_FILE, Entry, layout, prefix
 from sparse_gpt.model.gpt import ACTIVATIONS, GPTConfig
 
 # What GPT2Config assumes where config.json is silent, for every key that changes the function.
@@ -56,9 +57,10 @@ class _Stored:
 
 
 class ImportedWeights:
-    """A GPT-2 folder as a source of weights: the config, and any parameter of `GPT` by name.
+    """A folder as a source of weights: the config, and any parameter of `GPT` by name.
 
-    Reads safetensors, in one file or sharded, with or without the prefix `transformer.`; opening
+    Reads safetensors of GPT-2 or of `hf.model`, in one file or sharded, with or without the prefix
+    (`transformer.`, `gpt.`); opening
     checks names and shapes and reads no weights. Raises `UserError` for another architecture, a
     config feature that `GPT` does not have (naming the key), weights that are a pickle, and
     tensors missing, unknown or of another shape.
@@ -67,7 +69,7 @@ class ImportedWeights:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.gpt_config = _read_config(self.path)
-        self._stored = _stored_tensors(self.path)
+        self._stored = _stored_tensors(self.path, prefix(self.gpt_config))
         entries = list(layout(self.gpt_config))
         self._sources = {
             source: (entry, number)
@@ -127,7 +129,7 @@ class ImportedWeights:
 
     @property
     def layers(self) -> dict[str, Any]:
-        """No sparse layers: a GPT-2 folder holds a dense model."""
+        """No sparse layers: a folder holds a dense model."""
         return {}
 
     def mask(self, name: str, start: int, count: int) -> Tensor:
@@ -136,7 +138,7 @@ class ImportedWeights:
 
 
 def import_folder(path: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """A GPT-2 folder's config and every parameter of `GPT` by name, fp32; see `ImportedWeights`."""
+    """A folder's config and every parameter of `GPT` by name, fp32; see `ImportedWeights`."""
     weights = ImportedWeights(path)
     return weights.gpt_config, {name: weights.parameter(name) for name in weights.names}
 
@@ -156,6 +158,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> GPTConfig:
     path = folder / "config.json"
     given = _read_json(path)
+    if given.get("model_type") == MODEL_TYPE:
+        return _own_config(path, given)
     names = given.get("architectures") or ["GPT2LMHeadModel"]
     if given.get("model_type") != "gpt2" or names[0] not in ("GPT2LMHeadModel", "GPT2Model"):
         kind = f"model_type {given.get('model_type')!r}, architectures {names}"
@@ -178,9 +182,7 @@ def _read_config(folder: Path) -> GPTConfig:
             f"{path}: activation_function: {values['activation_function']!r} is not supported, "
             f"only {' and '.join(ACTIVATIONS)}"
         )
-    for key in ("n_layer", "n_head", "n_embd", "vocab_size", "n_positions"):
-        if type(values.get(key)) is not int or values[key] < 1:
-            raise UserError(f"{path}: {key}: {values.get(key)!r} is not a positive number")
+    _check_positive(path, values, "n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     inner = values["n_inner"]
     if inner is not None and (type(inner) is not int or inner < 1):
         raise UserError(f"{path}: n_inner: {inner!r} is not a positive number")
@@ -203,7 +205,28 @@ def _read_config(folder: Path) -> GPTConfig:
         raise UserError(f"{path}: {error}") from None
 
 
-def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+def _check_positive(path: Path, values: dict[str, Any], *keys: str) -> None:
+    for key in keys:
+        if type(values.get(key)) is not int or values[key] < 1:
+            raise UserError(f"{path}: {key}: {values.get(key)!r} is not a positive number")
+
+
+def _own_config(path: Path, given: dict[str, Any]) -> GPTConfig:
+    """The model of a folder of our own: the fields of `GPTConfig` under their own names."""
+    _check_positive(path, given, "n_layer", "n_head", "d_model", "d_ff")
+    _check_positive(path, given, "vocab_size", "n_positions")
+    if given.get("activation") not in ACTIVATIONS:
+        raise UserError(
+            f"{path}: activation: {given.get('activation')!r} is none of {', '.join(ACTIVATIONS)}"
+        )
+    names = {field.name for field in dataclasses.fields(GPTConfig)}
+    try:
+        return GPTConfig.from_dict({key: given[key] for key in names & given.keys()})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _stored_tensors(folder: Path, before: str) -> dict[str, _Stored]:
     """Every tensor of a folder, by its name without prefix."""
     index = folder / INDEX_FILE
     if index.is_file():
@@ -226,7 +249,7 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
                 for name in handle.keys():  # noqa: SIM118
                     part = handle.get_slice(name)
                     tensor = _Stored(path, name, tuple(part.get_shape()), part.get_dtype())
-                    stored[name.removeprefix("transformer.")] = tensor
+                    stored[name.removeprefix(before)] = tensor
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a safetensors file: {error}") from None
     return stored

@@ -94,6 +94,18 @@ def test_sparse_keeps_blocks(corpus, tmp_path):
     assert outcome["results"]["weights_outside_masks"] == total * 3 // 4
 
 
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_members_keep_their_form(corpus, tmp_path, mode):
+    changes = SPARSE | {"ift__member": "doped", "ift__keep_dense": ["h.0.*"], "max_steps": 3}
+    loss = run_ranks(1, pretrain, corpus, str(tmp_path / "doped"), changes)[0]
+    outcome = tuned(corpus, tmp_path / "run", tmp_path / "doped", f"mode={mode}")
+    assert outcome["before"]["loss"] == pytest.approx(loss, abs=1e-6)
+    given, now = open_checkpoint(tmp_path / "doped"), open_checkpoint(tmp_path / "run")
+    assert now.gpt_config.transform == given.gpt_config.transform is not None
+    assert len(given.layers) == 6
+    assert now.layers == (given.layers if mode == "sparse" else {})
+
+
 def test_epochs_are_passes_over_the_training_split(corpus, pretrained, tmp_path):
     tokens = sum(len(document(number).encode()) + 1 for number in range(60))
     epoch = math.ceil((tokens - 1) // 32 / 512)  # whole sequences, in batches of 512
