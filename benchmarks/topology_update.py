@@ -135,7 +135,7 @@ def build(args: argparse.Namespace, device: Any) -> tuple[Any, Any, dict[str, An
 
     from sparse_gpt.config import RunConfig
     from sparse_gpt.config_file import validate
-    from sparse_gpt.sparse_units import sparse_units
+    from sparse_gpt.sparse_units import solve
     from sparse_gpt.topology.controller import TopologyController
     from sparse_gpt.topology.methods import METHODS
     from sparse_gpt.topology.schedule import UpdateSchedule
@@ -159,7 +159,7 @@ def build(args: argparse.Namespace, device: Any) -> tuple[Any, Any, dict[str, An
     model = build_model(config, gpt, ds_config, lambda m, gathered: m.init_weights(0, gathered))
     engine, optimizer = start_engine(model, config, ds_config)
     shards = shards_of(engine, optimizer)
-    units = {name: kept for name, (kept, _) in sparse_units(config).items()}
+    units = {name: kept for name, (kept, _) in solve(config, 50257).units.items()}
     layers = {name: model.sparse_layers()[name] for name in units}
     controllers = {
         method: TopologyController(

@@ -41,6 +41,7 @@ class ModelConfig(Section):
     n_head: Positive | None = None
     d_model: Positive | None = None
     d_ff: Positive | None = None
+    d_embed: Positive | None = None  # width of the tied embedding; default: d_model, unprojected
     n_positions: Positive | None = None  # longest sequence; default: seq_len
     activation: Literal["gelu", "gelu_new"] = "gelu"
     dropout: Fraction = 0.0
@@ -58,8 +59,11 @@ class IFTConfig(Section):
     model `k_lr` times as wide. `non_linearity` is the sigma of these forms; relu is the paper's
     (section 3, App. C.2, there behind a BatchNorm).
 
-    `iso_flop: layer` keeps each sparsified layer's FLOPs (the papers' GPT rows); `head: dense`
-    leaves the tied LM head dense at the wide width.
+    `iso_flop: layer` keeps each sparsified layer's FLOPs (the papers' GPT rows). `model` makes the
+    whole run cost what the dense model's costs (App. A.2): with `solve: sparsity` at the width of
+    the nominal sparsity, by more sparsity; with `solve: width` at the nominal sparsity, by a
+    smaller width. `head: dense` leaves the tied LM head dense at the wide width; `project` keeps
+    embedding and head at the base model's width, with dense projections from it and to it.
     """
 
     member: Literal["none", "wide", "parallel", "factorized", "doped", "low_rank"] = "none"
@@ -69,9 +73,10 @@ class IFTConfig(Section):
     keep_dense: tuple[str, ...] = ()  # layers of param_filter that stay plain and dense
     sizes: dict[str, Annotated[int, Field(ge=0)]] | None = None  # branches or inner widths by
     # layer (h.0.attn.q, ...); default: solved from the sparsity
-    iso_flop: Literal["layer"] = "layer"
+    iso_flop: Literal["layer", "model"] = "layer"
+    solve: Literal["sparsity", "width"] = "sparsity"
     heads: Literal["keep", "fixed_d_head"] = "keep"
-    head: Literal["dense"] = "dense"
+    head: Literal["dense", "project"] = "dense"
     multiple_of: Positive | None = None  # widths that this many divide; default: the block
 
 
@@ -133,12 +138,21 @@ PARAM_FILTER = (
 
 
 class SparsityConfig(Section):
-    """What is sparse, how much, and how the pattern moves."""
+    """What is sparse, how much, and how the pattern moves.
+
+    `distribution` shares the active weights out among the layers: the same share of each
+    (`uniform`), or Erdos-Renyi's. The first `dense_first` and last `dense_last` blocks stay dense,
+    and layers that `layer_sparsity` names (a glob: a sparsity) have their own; the others make up
+    for it, so that the number of active weights is always the uniform one's.
+    """
 
     sparsity: Fraction = 0.0
     algorithm: Literal["static", "set", "rigl"] = "static"
     structure: StructureConfig = StructureConfig()
-    distribution: Literal["uniform"] = "uniform"
+    distribution: Literal["uniform", "erdos_renyi"] = "uniform"
+    dense_first: Annotated[int, Field(ge=0)] = 0
+    dense_last: Annotated[int, Field(ge=0)] = 0
+    layer_sparsity: dict[str, Fraction] = {}
     drop_fraction: DropFractionConfig = DropFractionConfig()
     update: UpdateConfig = UpdateConfig()
     param_filter: tuple[str, ...] = PARAM_FILTER
@@ -287,7 +301,11 @@ class RunConfig(Section):
             )
         _ = self.dims
         self._check_ift()
-        self._check_blocks()
+        self._check_iso_flop()
+        if self.ift.solve == "width":
+            _ = self.base_dims  # the widths come from the solver, as multiples of the block
+        else:
+            self._check_blocks()
         return self
 
     def _check_ift(self) -> None:
@@ -316,6 +334,40 @@ class RunConfig(Section):
             raise ValueError(f"ift.sizes: {layer} is no layer; layers are h.0.attn.q, ...")
         _ = self.transform
 
+    def _check_iso_flop(self) -> None:
+        ift, sparsity = self.ift, self.sparsity
+        if ift.head == "project" and ift.member not in ("wide", "low_rank"):
+            raise ValueError(
+                f"ift.head: project keeps the embedding narrower than a widened model; "
+                f"ift.member: {ift.member} widens nothing: set ift.member: wide or ift.head: dense"
+            )
+        if sparsity.layer_sparsity and sparsity.sparsity == 0.0:
+            raise ValueError(
+                "sparsity.layer_sparsity shares out what sparsity.sparsity: 0 does not leave out; "
+                "set sparsity.sparsity, or param_filter for single layers"
+            )
+        if ift.iso_flop == "layer":
+            if ift.solve == "width":
+                raise ValueError("ift.solve: width needs ift.iso_flop: model")
+            return
+        if ift.member in ("none", "low_rank"):
+            raise ValueError(
+                f"ift.iso_flop: model solves for a sparsity, and ift.member: {ift.member} has "
+                "none; set another member, e.g. wide"
+            )
+        if ift.sparsity not in (None, sparsity.sparsity):
+            raise ValueError(
+                f"ift.sparsity {ift.sparsity} and sparsity.sparsity {sparsity.sparsity} differ, "
+                "and ift.iso_flop: model solves for the sparsity; set sparsity.sparsity alone"
+            )
+        if ift.solve == "width" and ift.member != "wide":
+            raise ValueError("ift.solve: width needs ift.member: wide")
+        if self.max_tokens is not None and self.global_batch_size is None:
+            raise ValueError(
+                "ift.iso_flop: model needs global_batch_size where max_tokens is given: the steps "
+                "of the run, and what they cost, must not depend on the number of ranks"
+            )
+
     def _check_blocks(self) -> None:
         b_out, b_in = self.sparsity.structure.block
         d, f = self.dims["d_model"], self.dims["d_ff"]
@@ -337,12 +389,14 @@ class RunConfig(Section):
 
     @property
     def base_dims(self) -> dict[str, int]:
-        """`n_layer, n_head, d_model, d_ff` of the dense base model."""
+        """`n_layer, n_head, d_model, d_ff` of the dense base model, and `d_embed` if it has one."""
         dims: dict[str, int] = dict(preset(self.model.preset)) if self.model.preset else {}
         for key in ("n_layer", "n_head", "d_model", "d_ff"):
             value = getattr(self.model, key)
             if value is not None:
                 dims[key] = value
+        if self.model.d_embed is not None:
+            dims["d_embed"] = self.model.d_embed
         if "d_ff" not in dims and "d_model" in dims:
             dims["d_ff"] = 4 * dims["d_model"]
         missing = [key for key in ("n_layer", "n_head", "d_model") if key not in dims]
@@ -356,16 +410,31 @@ class RunConfig(Section):
 
     @property
     def dims(self) -> dict[str, int]:
-        """The dimensions of the model as trained, after the Sparse-IFT member."""
+        """The dimensions of the model as trained, after the Sparse-IFT member.
+
+        With `ift.solve: width` they are those that `sparse_units.solve` begins from.
+        """
         if self.ift.member == "none":
             return self.base_dims
         sparsity = exact(self.ift_sparsity)
         if self.ift.member == "low_rank":  # as wide as Sparse Wide with k_sw = k_lr
             sparsity = 1 - 1 / exact(self.ift.k_lr) ** 2
         widen = MEMBERS[self.ift.member]
-        return widen(
-            self.base_dims, sparsity, heads=self.ift.heads, multiple_of=self.width_multiple
+        return self.projected(
+            widen(self.base_dims, sparsity, heads=self.ift.heads, multiple_of=self.width_multiple)
         )
+
+    def projected(self, dims: dict[str, int]) -> dict[str, int]:
+        """Dimensions with what `ift.head` says of the embedding; as they are at the base width."""
+        base = self.base_dims
+        if self.ift.head == "dense" or dims["d_model"] == base["d_model"]:
+            return dims
+        return {"d_embed": base["d_model"], **dims}
+
+    @property
+    def block_size(self) -> int:
+        """Weights in a block, the unit that is kept or dropped."""
+        return math.prod(self.sparsity.structure.block)
 
     @property
     def ift_sparsity(self) -> float:
@@ -411,10 +480,10 @@ class RunConfig(Section):
         multiple = self.ift.multiple_of or math.lcm(*self.sparsity.structure.block)
         return None if multiple == 1 else multiple
 
-    def gpt_config(self, vocab_size: int) -> GPTConfig:
-        """The model as trained, for a vocabulary."""
+    def gpt_config(self, vocab_size: int, dims: dict[str, int] | None = None) -> GPTConfig:
+        """The model as trained, for a vocabulary; `dims` where they were solved for."""
         return GPTConfig(
-            **self.dims,
+            **(dims or self.dims),
             vocab_size=vocab_size,
             n_positions=self.model.n_positions or self.seq_len,
             activation=self.model.activation,

@@ -80,7 +80,7 @@ def activation_bytes(
     layers = config.n_layer * block + sum(inside)
     if checkpointing:
         layers = config.n_layer * size * d + block + max(inside)
-    ends = size * 2 * d + (size + 2 * 4) * config.vocab_size
+    ends = size * 2 * (d + (config.d_embed or 0)) + (size + 2 * 4) * config.vocab_size
     return batch * seq_len * (layers + ends)
 
 

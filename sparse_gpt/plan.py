@@ -1,9 +1,9 @@
 """What a run will take, before it starts: pure arithmetic on dimensions, at any size."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from sparse_gpt.config import RunConfig
@@ -13,7 +13,8 @@ from sparse_gpt.ift.iso_flop import Residual, residual
 from sparse_gpt.memory import StageMemory, activation_bytes, by_stage
 from sparse_gpt.model.flops import FlopsLedger, linear_weights, sequence_flops
 from sparse_gpt.model.gpt import GPTConfig
-from sparse_gpt.sparse_units import sparse_units
+from sparse_gpt.run_phases import topology_updates
+from sparse_gpt.sparse_units import base_cost, run_cost, solve
 from sparse_gpt.topology.cost import UpdateCost, update_cost
 from sparse_gpt.topology.methods import METHODS
 
@@ -34,9 +35,10 @@ class Plan:
     base_dims: dict[str, int]
     ift_member: str
     iso_flop: str
+    solve: str
     algorithm: str
-    sparsity: float  # asked for
-    achieved_sparsity: float  # of the sparse layers, after rounding to whole blocks
+    sparsity: float  # nominal
+    achieved_sparsity: float  # of the sparse layers: solved for, in whole weights or blocks
     layer_residual: Residual  # the sparsified layers against the base model's
 
     parameters: int
@@ -52,7 +54,7 @@ class Plan:
     base_flops_total: int
     masked_flops_total: int
     topology_updates: int
-    dense_gradient_flops: int  # in flops_total, from updates that need dense gradients
+    extra_flops: int  # in flops_total, of steps that compute more than the active weights
 
     seq_len: int
     micro_batch_size: int
@@ -86,10 +88,11 @@ def parameter_count(
     dims: dict[str, int], vocab_size: int, n_positions: int, transform: Transform | None = None
 ) -> int:
     """Parameters of a GPT: embeddings (the head is tied), weights, biases and LayerNorms."""
-    d, f = dims["d_model"], dims["d_ff"]
+    d, f, e = dims["d_model"], dims["d_ff"], dims.get("d_embed")
     weights = sum(weight.numel for weight in linear_weights(dims, transform).values())
     biases = 4 * d + f + d
-    return (vocab_size + n_positions) * d + weights + dims["n_layer"] * (biases + 4 * d) + 2 * d
+    ends = vocab_size * (e or d) + n_positions * d + (2 * d * e if e else 0)
+    return ends + weights + dims["n_layer"] * (biases + 4 * d) + 2 * d
 
 
 def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | None = None) -> Plan:
@@ -98,28 +101,25 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
     `precision` is what `auto` turned out to be; without it, `auto` counts as bf16 where ZeRO
     allows that. Raises `UserError` where the batch does not fit the ranks.
     """
-    gpt = config.gpt_config(vocab_size)
-    dims, base = config.dims, config.base_dims
+    solution = solve(config, vocab_size)
+    dims, base = solution.dims, config.base_dims
+    gpt = config.gpt_config(vocab_size, dims)
     if precision is None:
         precision = config.precision
         if precision == "auto":
             precision = "bf16" if config.deepspeed.zero_stage else "fp32"
-    units = sparse_units(config)
-    block = math.prod(config.sparsity.structure.block)
-    active = {name: count * block for name, (count, _) in units.items()}
-    all_units = {name: count for name, (_, count) in units.items()}
-    dense_weights = sum(all_units.values()) * block
+    units, block = solution.units, config.block_size
+    active = {name: kept * block for name, (kept, _) in units.items()}
+    dropped = sum(every - kept for kept, every in units.values()) * block
+    # A layer that keeps everything has no mask.
+    masked = {name: every for name, (kept, every) in units.items() if kept < every}
     ledger = FlopsLedger.of(dims, config.seq_len, vocab_size, active, gpt.transform)
     base_flops = sequence_flops(base, config.seq_len, vocab_size).total
 
     steps, batch = config.total_steps(world_size), config.batch(world_size)
     sequences = steps * batch
-    method = METHODS[config.sparsity.algorithm]
-    updates = 0
-    if active and method.dynamic:
-        last = min(config.update_stop(world_size) - 1, steps)
-        updates = max(0, last) // config.sparsity.update.freq
-    extra = updates * batch * ledger.dense_gradient if method.growth == "gradient" else 0
+    updates = topology_updates(config, world_size) if masked else 0
+    total = batch * run_cost(config, vocab_size, solution, world_size)
 
     parameters = parameter_count(dims, vocab_size, gpt.n_positions, gpt.transform)
     micro = config.micro_batch_size
@@ -132,21 +132,22 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         iso_flop=config.ift.iso_flop,
         algorithm=config.sparsity.algorithm,
         sparsity=config.sparsity.sparsity,
-        achieved_sparsity=1 - sum(active.values()) / dense_weights if active else 0.0,
+        solve=config.ift.solve,
+        achieved_sparsity=float(solution.sparsity),
         layer_residual=residual(base, dims, active, gpt.transform)["all"],
         parameters=parameters,
-        active_parameters=parameters - dense_weights + sum(active.values()),
+        active_parameters=parameters - dropped,
         base_parameters=parameter_count(base, vocab_size, gpt.n_positions),
         flops_per_token=ledger.active.total // config.seq_len,
         base_flops_per_token=base_flops // config.seq_len,
         masked_flops_per_token=ledger.dense.total // config.seq_len,
         flops_per_sequence=ledger.active.total,
         base_flops_per_sequence=base_flops,
-        flops_total=sequences * ledger.active.total + extra,
-        base_flops_total=sequences * base_flops,
+        flops_total=total,
+        base_flops_total=batch * base_cost(config, vocab_size, world_size),
         masked_flops_total=sequences * ledger.dense.total,
         topology_updates=updates,
-        dense_gradient_flops=extra,
+        extra_flops=total - sequences * ledger.active.total,
         seq_len=config.seq_len,
         micro_batch_size=micro,
         global_batch_size=batch,
@@ -159,13 +160,13 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         zero_stage=config.deepspeed.zero_stage,
         offload_optimizer=config.deepspeed.offload_optimizer,
         memory=by_stage(
-            gpt, parameters, all_units, block, micro, config.seq_len, precision, world_size
+            gpt, parameters, masked, block, micro, config.seq_len, precision, world_size
         ),
         activations=activation_bytes(*memory_args, checkpointing=False),
         activations_checkpointed=activation_bytes(*memory_args, checkpointing=True),
         # fp32 master and two moments, and a bit a block.
-        checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in all_units.values()),
-        update=_update_cost(config, all_units, block, parameters, world_size) if updates else None,
+        checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in masked.values()),
+        update=_update_cost(config, masked, block, parameters, world_size) if updates else None,
         update_freq=config.sparsity.update.freq,
     )
 
@@ -192,8 +193,10 @@ def _update_cost(
 
 def render(plan: Plan) -> str:
     """The plan as text, a line a topic."""
-    m, r = plan.model, plan.layer_residual
+    m = plan.model
     shape = f"{m.n_layer} layers, d_model {m.d_model}, d_ff {m.d_ff}, {m.n_head} heads"
+    if m.d_embed is not None:
+        shape += f", embedding {m.d_embed} (projected)"
     lines = [
         f"plan: {plan.name}",
         f"  model        {shape}, vocabulary {m.vocab_size}, {m.n_positions} positions",
@@ -202,14 +205,11 @@ def render(plan: Plan) -> str:
     ]
     if plan.sparsity:
         lines.append(
-            f"  sparsity     {plan.sparsity:g} asked for, {plan.achieved_sparsity:.6f} achieved; "
+            f"  sparsity     {plan.sparsity:g} nominal, {plan.achieved_sparsity:.6f} solved; "
             f"{plan.algorithm}, {plan.topology_updates:,} updates"
         )
     if plan.ift_member != "none":
-        lines.append(
-            f"  iso-FLOP     {plan.ift_member}, per {plan.iso_flop} (not per model): sparsified "
-            f"layers {100 * float(r.excess):+.3f} % of the base model's FLOPs from rounding"
-        )
+        lines.append(f"  iso-FLOP     {_iso_flop(plan)}")
     if m.transform is not None:
         lines.append(f"  layers       {_forms(m.transform)}")
     lines += [
@@ -257,6 +257,22 @@ def _forms(transform: Transform) -> str:
         sizes.setdefault(".".join(layer.split(".")[2:]), set()).add(size)
     each = ", ".join(f"{kind} {'/'.join(map(str, sorted(s)))}" for kind, s in sizes.items())
     return f"{transform.member}, sigma = {transform.non_linearity}; {what}: {each or 'no layer'}"
+
+
+def _iso_flop(plan: Plan) -> str:
+    """What the run is iso-FLOP in, and how near it comes."""
+    if plan.iso_flop == "layer":
+        return (
+            f"{plan.ift_member}, per layer (not per model): sparsified layers "
+            f"{100 * float(plan.layer_residual.excess):+.3f} % of the base model's FLOPs from "
+            f"rounding, the whole model {plan.flops_per_token / plan.base_flops_per_token:.3f}x"
+        )
+    excess = float(Fraction(plan.flops_total, plan.base_flops_total) - 1)
+    near = "" if abs(excess) <= 1e-6 else ", the nearest that whole units come"
+    return (
+        f"{plan.ift_member}, whole run, solved for the {plan.solve}: {excess:+.1e} of the dense "
+        f"model's run{near}"
+    )
 
 
 def _flops(count: int) -> str:

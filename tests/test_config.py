@@ -97,6 +97,32 @@ REFUSED = {
     "stage": ({"deepspeed__zero_stage": 4}, "deepspeed.zero_stage"),
     "negative rate": ({"optimizer__lr": -1e-3}, "optimizer.lr"),
     "algorithm": ({"sparsity__algorithm": "rigel"}, "sparsity.algorithm"),
+    "projection of nothing": ({"ift__head": "project"}, "set ift.member: wide or ift.head: dense"),
+    "width by layer": (
+        {"ift__member": "wide", "ift__solve": "width"},
+        "ift.solve: width needs ift.iso_flop: model",
+    ),
+    "model mode of nothing": ({"ift__iso_flop": "model"}, "set another member, e.g. wide"),
+    "two sparsities": (
+        {
+            "ift": {"member": "wide", "iso_flop": "model", "sparsity": 0.5},
+            "sparsity__sparsity": 0.75,
+        },
+        "set sparsity.sparsity alone",
+    ),
+    "steps that depend on ranks": (
+        {
+            "ift": {"member": "wide", "iso_flop": "model"},
+            "max_steps": None,
+            "max_tokens": 1000,
+        },
+        "needs global_batch_size where max_tokens is given",
+    ),
+    "own sparsity in a dense run": (
+        {"sparsity__layer_sparsity": {"h.0.*": 0.5}},
+        "set sparsity.sparsity, or param_filter",
+    ),
+    "own sparsity one": ({"sparsity__layer_sparsity": {"h.0.*": 1.0}}, "layer_sparsity"),
     "empty path": ({"data": [{"weight": 1.0}]}, "data.0.path"),
     "weight": ({"data": [{"path": "x", "weight": 0.0}]}, "data.0.weight"),
     "sigma of a plain layer": (

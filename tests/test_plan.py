@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparse_gpt.config import RunConfig
-from sparse_gpt.config_file import validate
+from sparse_gpt.config_file import load_config, validate
 from sparse_gpt.ift.iso_flop import Residual, solve_units
 from sparse_gpt.model.flops import FlopsLedger, active_counts
 from sparse_gpt.model.gpt import GPT
@@ -77,9 +77,16 @@ def test_a_plan_of_transformed_layers(member):
     if member != "low_rank":
         assert result.flops_per_sequence == result.base_flops_per_sequence
     text = render(result)
+    assert run.transform is not None
     size = run.transform.sizes["h.1.mlp.fc1"]
     assert f"layers       {member}, sigma = gelu" in text and f"mlp.fc1 {size}" in text
     assert json.loads(json.dumps(result.as_dict()))["model"]["transform"]["member"] == member
+
+
+def test_parameters_of_a_projected_head():
+    dims = {"n_layer": 2, "n_head": 4, "d_model": 64, "d_ff": 96, "d_embed": 48}
+    model = GPT(config(model=dims, ift={}, sparsity={}).gpt_config(97))
+    assert parameter_count(dims, 97, 2048) == sum(p.numel() for p in model.parameters())
 
 
 def test_gpt2_small_has_its_known_size():
@@ -137,7 +144,7 @@ def test_the_total_is_what_a_runs_ledger_will_show(algorithm, dense):
     assert result.flops_total == spent
     assert updates == [5, 10, 15, 20, 25, 30, 35, 40, 45]
     assert result.topology_updates == (0 if algorithm == "static" else 9)
-    assert (result.dense_gradient_flops > 0) == dense
+    assert (result.extra_flops > 0) == dense
 
 
 def test_a_run_shorter_than_its_updates():
@@ -177,11 +184,53 @@ def test_the_largest_model_in_text():
     text = render(result)
     assert result.base_parameters == 174_604_259_328
     assert "dense base model 174,604,259,328" in text
-    assert "0.75 asked for, 0.750000 achieved; set, 35 updates" in text
+    assert "0.75 nominal, 0.750000 solved; set, 35 updates" in text
     assert "wide, per layer (not per model)" in text
     assert "   * stage 3 " in text
     assert "host memory" in text
     assert "64 ranks x 1 x 4 accumulated" in text
+
+
+TABLE_17 = {"seq_len": 1024, "global_batch_size": 512, "max_tokens": None, "max_steps": 4460}
+
+
+def test_layer_mode_says_what_the_whole_model_costs():
+    text = render(plan(config(**TABLE_17, sparsity={"sparsity": 0.5}), VOCAB, 1))
+    assert "sparsified layers +0.716 %" in text
+    assert "the whole model 1.174x" in text
+    assert "0.5 nominal, 0.500000 solved" in text
+
+
+def test_model_mode_says_nominal_and_solved_sparsity():
+    changes = {"sparsity": {"sparsity": 0.75}, "ift": {"member": "wide", "iso_flop": "model"}}
+    result = plan(config(**TABLE_17, **changes), VOCAB, 8)
+    assert result.flops_total == result.base_flops_total == 876_303_876_096 * 2_283_520
+    text = render(result)
+    assert "0.75 nominal, 0.919165 solved" in text
+    assert "wide, whole run, solved for the sparsity: +0.0e+00 of the dense model's run\n" in text
+    assert result.flops_per_sequence == 876_303_876_096
+
+
+@pytest.mark.parametrize(("name", "solved"), [("", 0.974720), ("_projected", 0.868056)])
+def test_the_shipped_runs_in_model_mode(name, solved):
+    run = load_config(ROOT / f"configs/pretrain/gpt3_125m_sparsewide75_set_model{name}.yaml")
+    result = plan(run, VOCAB, 8)
+    assert result.flops_total == result.base_flops_total
+    assert (result.sparsity, round(result.achieved_sparsity, 6)) == (0.75, solved)
+
+
+def test_model_mode_says_how_near_blocks_come():
+    block = {"type": "block", "block": [64, 64]}
+    changes = {
+        "seq_len": 50,
+        "model": {"n_layer": 2, "n_head": 2, "d_model": 128, "d_ff": 512},
+        "sparsity": {"sparsity": 0.75, "structure": block},
+        "ift": {"member": "wide", "iso_flop": "model", "head": "project"},
+    }
+    result = plan(config(**changes), 1000, 1)
+    assert abs(result.flops_total / result.base_flops_total - 1) > 1e-6
+    assert "the nearest that whole units come" in render(result)
+    assert "embedding 128 (projected)" in render(result)
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -140,6 +140,7 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
             n_head=gpt.n_head,
             d_model=gpt.d_model,
             d_ff=gpt.d_ff,
+            d_embed=gpt.d_embed,
             n_positions=gpt.n_positions,
             activation="gelu_new" if gpt.activation == "gelu_new" else "gelu",
             dropout=gpt.dropout if config.dropout is None else config.dropout,

@@ -30,7 +30,7 @@ class Entry:
 
 def is_gpt2(config: GPTConfig) -> bool:
     """Whether stock GPT-2 computes the same function."""
-    return config.transform is None
+    return config.transform is None and config.d_embed is None
 
 
 def prefix(config: GPTConfig) -> str:

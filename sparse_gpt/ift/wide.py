@@ -6,6 +6,7 @@ that the heads divide; what the rounding costs is reported by `ift.iso_flop`.
 """
 
 import math
+from collections.abc import Mapping
 from decimal import Decimal
 from fractions import Fraction
 
@@ -36,24 +37,42 @@ def widen(
     ratio = exact(sparsity)
     if not 0 <= ratio < 1:
         raise UserError(f"ift.sparsity: {sparsity} is not in [0, 1); Sparse Wide needs s < 1")
+    step = width_step(dims, heads, multiple_of)
+    if ratio == 0:
+        return dict(dims)
+    wide = nearest_multiple(dims["d_model"], ratio, step)
+    return _at(dims, heads, wide, nearest_multiple(dims["d_ff"], ratio, step))
+
+
+def width_step(dims: Mapping[str, int], heads: str = "keep", multiple_of: int | None = None) -> int:
+    """What the widths of a Sparse Wide model are multiples of; raises `UserError` as `widen`."""
     if heads not in ("keep", "fixed_d_head"):
         raise UserError(f"ift.heads: {heads!r} is neither 'keep' nor 'fixed_d_head'")
     if multiple_of is not None and multiple_of < 1:
         raise UserError(f"ift.multiple_of: {multiple_of} is not positive")
-    n_head, d_model, d_ff = dims["n_head"], dims["d_model"], dims["d_ff"]
+    n_head, d_model = dims["n_head"], dims["d_model"]
     if d_model % n_head:
         raise UserError(f"model.d_model {d_model} is not divisible by model.n_head {n_head}")
-    if ratio == 0:
-        return dict(dims)
-    d_head = d_model // n_head
-    step = math.lcm(n_head if heads == "keep" else d_head, multiple_of or 1)
-    wide = nearest_multiple(d_model, ratio, step)
-    return {
-        **dims,
-        "n_head": n_head if heads == "keep" else wide // d_head,
-        "d_model": wide,
-        "d_ff": nearest_multiple(d_ff, ratio, step),
-    }
+    return math.lcm(n_head if heads == "keep" else d_model // n_head, multiple_of or 1)
+
+
+def with_width(
+    dims: Mapping[str, int], multiple: int, heads: str = "keep", multiple_of: int | None = None
+) -> dict[str, int]:
+    """`dims` with d_model of `multiple` steps (`width_step`), whatever sparsity that is for.
+
+    d_ff keeps its ratio to d_model, to the nearest step, ties up.
+    """
+    step = width_step(dims, heads, multiple_of)
+    d_ff = Fraction(dims["d_ff"] * multiple, dims["d_model"])  # in steps
+    return _at(dims, heads, multiple * step, step * max(1, math.floor(d_ff + Fraction(1, 2))))
+
+
+def _at(dims: Mapping[str, int], heads: str, d_model: int, d_ff: int) -> dict[str, int]:
+    n_head = dims["n_head"]
+    if heads == "fixed_d_head":
+        n_head = d_model // (dims["d_model"] // n_head)
+    return {**dims, "n_head": n_head, "d_model": d_model, "d_ff": d_ff}
 
 
 def nearest_multiple(width: int, sparsity: Fraction, step: int) -> int:

@@ -9,6 +9,9 @@ rho is the share of active weights in the sparsified layers; here it is a count 
 so nothing is rounded. 3 h S^2 is the softmax. Embedding look-ups, biases, LayerNorms and GELU do
 not count, causal attention is not halved, the head is dense, backward is twice forward.
 
+Where the tied embedding has a width e of its own (`d_embed`), the head costs 2 S e V, and two
+dense projections, e -> d behind the look-up and d -> e before the head, 2 S e d each.
+
 A layer that a Sparse-IFT member gave another form counts every weight it has; the member's
 non-linearity and its sums do not count, as GELU does not.
 """
@@ -90,10 +93,12 @@ class SequenceFlops:
     scores: int  # q k^T and the weighted sum of v
     softmax: int
     head: int
+    projections: int = 0  # between the width of the model and that of its embedding
 
     @property
     def forward(self) -> int:
-        return self.qkvo + self.mlp + self.scores + self.softmax + self.head
+        layers = self.qkvo + self.mlp + self.scores + self.softmax
+        return layers + self.head + self.projections
 
     @property
     def backward(self) -> int:
@@ -125,12 +130,14 @@ def sequence_flops(
             raise ValueError(f"{count} active weights in {name}: not a layer that can hold them")
         counts[name] = count
     attention = sum(count for name, count in counts.items() if ".attn." in name)
+    d, d_embed = dims["d_model"], dims.get("d_embed")
     return SequenceFlops(
         qkvo=2 * seq_len * attention,
         mlp=2 * seq_len * (sum(counts.values()) - attention),
-        scores=dims["n_layer"] * 4 * seq_len**2 * dims["d_model"],
+        scores=dims["n_layer"] * 4 * seq_len**2 * d,
         softmax=dims["n_layer"] * 3 * dims["n_head"] * seq_len**2,
-        head=2 * seq_len * dims["d_model"] * vocab_size,
+        head=2 * seq_len * (d_embed or d) * vocab_size,
+        projections=2 * 2 * seq_len * d * d_embed if d_embed else 0,
     )
 
 

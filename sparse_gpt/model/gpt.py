@@ -30,6 +30,8 @@ class GPTConfig:
     """All that a GPT is built from. `d_head = d_model / n_head`; `n_positions`: longest sequence.
 
     `transform`: the layers that a Sparse-IFT member gave another form; None where all are plain.
+    `d_embed`: width of the tied token embedding where it is not d_model. Then a dense projection
+    d_embed -> d_model follows the look-up, and one back comes before the head.
     """
 
     n_layer: int
@@ -44,10 +46,13 @@ class GPTConfig:
     init_std: float = 0.02
     activation_checkpointing: bool = False
     transform: Transform | None = None
+    d_embed: int | None = None
 
     def __post_init__(self) -> None:
         if self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
+        if self.d_embed is not None and (type(self.d_embed) is not int or self.d_embed < 1):
+            raise ValueError(f"d_embed {self.d_embed!r} is not a positive number")
         if self.transform is not None:
             unknown = self.transform.sizes.keys() - self.layer_shapes.keys()
             if unknown:
@@ -154,7 +159,12 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
-        self.wte = nn.Embedding(config.vocab_size, config.d_model)
+        self.wte = nn.Embedding(config.vocab_size, config.d_embed or config.d_model)
+        self.project_in: nn.Linear | None = None
+        self.project_out: nn.Linear | None = None
+        if config.d_embed is not None:
+            self.project_in = nn.Linear(config.d_embed, config.d_model, bias=False)
+            self.project_out = nn.Linear(config.d_model, config.d_embed, bias=False)
         self.wpe = nn.Embedding(config.n_positions, config.d_model)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, f"h.{i}") for i in range(config.n_layer))
@@ -179,7 +189,10 @@ class GPT(nn.Module):
         mask = None if document_ids is None else document_mask(document_ids)
         if positions is None:
             positions = torch.arange(length, device=input_ids.device)
-        x = self.drop(self.wte(input_ids) + self.wpe(positions))
+        x = self.wte(input_ids)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        x = self.drop(x + self.wpe(positions))
         for block in self.h:
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, mask, use_reentrant=False)
@@ -193,8 +206,15 @@ class GPT(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """`[B, S]` -> `[B, S, vocab_size]` in the model's dtype; the head is the embedding."""
-        return F.linear(self.hidden(input_ids, document_ids, positions), self.wte.weight)
+        """`[B, S]` -> `[B, S, vocab_size]` in the model's dtype; the head is the embedding.
+
+        The projection to its width stands behind the last LayerNorm: the residual stream grows
+        with depth, and the norm belongs to the width it was summed in.
+        """
+        x = self.hidden(input_ids, document_ids, positions)
+        if self.project_out is not None:
+            x = self.project_out(x)
+        return F.linear(x, self.wte.weight)
 
     def forward(
         self,
@@ -236,12 +256,14 @@ class GPT(nn.Module):
         |-----------------------------------|--------------------------------------------------|
         | wte, wpe, q, k, v, fc1            | normal, std 0.02, truncated at 2 std             |
         | attention output, fc2 (residual)  | the same with std 0.02 / sqrt(2 n_layer)         |
+        | project_in, project_out           | the same with std 1 / sqrt(fan-in)               |
         | biases                            | 0                                                |
         | LayerNorm                         | weight 1, bias 0                                 |
 
         The same at every width and sparsity (the authors' GPT code; FACTS section 2). Weights of
-        transformed layers: `ift.forms.weight_std` of these. `gathered` opens one parameter at a
-        time where parameters are sharded.
+        transformed layers: `ift.forms.weight_std` of these. The projections keep the variance of
+        what goes through them, so that embeddings and logits start on the scale of the model
+        without them. `gathered` opens one parameter at a time where parameters are sharded.
         """
         for name, parameter in self.named_parameters():
             with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
@@ -249,6 +271,9 @@ class GPT(nn.Module):
                     parameter.zero_()
                 elif ".ln_" in name or name.startswith("ln_"):
                     parameter.fill_(1.0)
+                elif name.startswith("project_"):
+                    std = parameter.shape[1] ** -0.5
+                    parameter.copy_(draw_weight(seed, name, tuple(parameter.shape), std))
                 else:
                     shape: tuple[int, ...] = tuple(parameter.shape)
                     std = initial_std(self.config, name)

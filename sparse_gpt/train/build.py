@@ -14,7 +14,7 @@ from sparse_gpt.model.flops import fraction_of_steps
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import resolve_kernel
-from sparse_gpt.sparse_units import sparse_units
+from sparse_gpt.sparse_units import Solution
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.topology.methods import METHODS
@@ -71,7 +71,7 @@ def check_source(
             f"{given.vocab_size}; prepare the data with their tokenizer"
         )
     keys = (
-        *("n_layer", "n_head", "d_model", "d_ff", "n_positions"),
+        *("n_layer", "n_head", "d_model", "d_ff", "d_embed", "n_positions"),
         *("activation", "layer_norm_epsilon"),
     )
     differing = [
@@ -116,12 +116,15 @@ def open_sources(sources: tuple[DataSource, ...]) -> list[tuple[TokenData, float
     ]
 
 
-def initial_units(config: RunConfig, source: WeightSource | None) -> dict[str, int]:
-    """Active units of every layer the filter names: the source's, or those of the config."""
-    units = sparse_units(config)
+def initial_units(solution: Solution, source: WeightSource | None) -> dict[str, int]:
+    """Active units of every sparse layer: the source's, or those the run was solved for.
+
+    A layer that keeps all its units is dense: it has no mask, and takes no part in updates.
+    """
+    units = solution.units
     if source is not None and source.layers:
         return {name: source.layers[name].active for name in units if name in source.layers}
-    return {name: kept for name, (kept, _) in units.items()}
+    return {name: kept for name, (kept, every) in units.items() if kept < every}
 
 
 def initialiser(

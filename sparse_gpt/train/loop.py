@@ -18,6 +18,7 @@ from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import FlopsLedger
+from sparse_gpt.sparse_units import solve
 from sparse_gpt.topology.controller import UpdateReport
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build
@@ -67,7 +68,8 @@ class Trainer:
         on_first_rank(self._claim_run_dir, "output_dir")
         self.data = build.open_sources(config.data)
         self.vocab_size, self.eos_id = common_vocabulary([data for data, _ in self.data])
-        self.gpt_config = config.gpt_config(self.vocab_size)
+        self.solution = solve(config, self.vocab_size)
+        self.gpt_config = config.gpt_config(self.vocab_size, self.solution.dims)
         self.train_data = self._dataset("train")
         build.check_schedules(config, self.total_steps, self.warmup_steps)
         self.has_validation = all("val" in data.splits for data, _ in self.data)
@@ -104,7 +106,7 @@ class Trainer:
                 self.data[0][0].tokenizer_sha256,
                 source.tokenizer_sha256,
             )
-        units = build.initial_units(config, source)
+        units = build.initial_units(self.solution, source)
         ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
         model = build_model(config, self.gpt_config, ds_config, build.initialiser(config, source))
         layers = build.sparse_layers(model, units, config, self.device)
@@ -118,7 +120,7 @@ class Trainer:
         masks = self.controller.masks
         active = {name: mask.active * mask.block_size for name, mask in masks.items()}
         self.ledger = FlopsLedger.of(
-            config.dims, config.seq_len, self.vocab_size, active, self.gpt_config.transform
+            self.solution.dims, config.seq_len, self.vocab_size, active, self.gpt_config.transform
         )
         self.sparsity = _sparsity(*self.controller.counts())
         self.checkpointer = Checkpointer(

@@ -36,7 +36,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     """Two groups: linear weights decay; biases, LayerNorms and embeddings do not."""
     decay, plain = [], []
     for name, parameter in model.named_parameters():
-        matrix = name.endswith(".weight") and (".attn." in name or ".mlp." in name)
+        linear = ".attn." in name or ".mlp." in name or name.startswith("project_")
+        matrix = name.endswith(".weight") and linear
         (decay if matrix else plain).append(parameter)
     return [
         {"params": decay, "weight_decay": weight_decay},

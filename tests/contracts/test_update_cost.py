@@ -67,7 +67,9 @@ def problems(found):
         wrong.append(f"a tensor of {found['largest']} bytes; a layer in fp32 has {LAYER_BYTES}")
     # Bits and what is kept between rounds, for all layers together; the passes in C++ work in
     # registers, those in numpy, and block scores, on chunks.
-    chunks = 0 if native_passes() and not found["blocks"] else 4 * 4 * chunk_size(torch.device("cpu"))
+    chunks = (
+        0 if native_passes() and not found["blocks"] else 4 * 4 * chunk_size(torch.device("cpu"))
+    )
     allowed = chunks + 2 * found["shard"] + 12 * 60_000
     if found["peak"] > min(allowed, MODEL_BYTES):
         wrong.append(f"a peak of {found['peak']} bytes, {allowed} are allowed")

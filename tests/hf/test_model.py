@@ -28,10 +28,16 @@ FORMS = ("parallel", "factorized", "doped", "low_rank")
 
 
 def transformed_model(member: str) -> GPT:
-    """A small GPT in a member's form but for one layer, half of its sparse weights masked."""
+    """A small GPT in a member's form but for one layer, half of its sparse weights masked.
+
+    Or, by the name `projected`, one of plain layers with a narrower embedding.
+    """
     plain = GPTConfig(n_layer=2, n_head=2, d_model=16, d_ff=40, vocab_size=257, n_positions=48)
     sizes = {layer: 3 for layer in plain.layer_shapes if layer != "h.0.attn.k"}
-    model = GPT(replace(plain, transform=Transform(member, "gelu", sizes))).eval()
+    if member == "projected":
+        model = GPT(replace(plain, d_embed=12)).eval()
+    else:
+        model = GPT(replace(plain, transform=Transform(member, "gelu", sizes))).eval()
     model.init_weights(seed=3)
     generator = torch.Generator().manual_seed(0)
     for name, layer in model.sparse_layers().items():
@@ -44,7 +50,7 @@ def transformed_model(member: str) -> GPT:
     return model
 
 
-@pytest.fixture(scope="module", params=FORMS)
+@pytest.fixture(scope="module", params=[*FORMS, "projected"])
 def member(request):
     return request.param
 

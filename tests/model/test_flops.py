@@ -78,6 +78,16 @@ def test_the_formula_part_by_part():
     assert flops.total == 3 * flops.forward
 
 
+def test_the_projections_of_a_narrower_embedding():
+    dims = {"n_layer": 3, "n_head": 2, "d_model": 8, "d_ff": 20}
+    plain, projected = (sequence_flops(d, 5, 11) for d in (dims, {**dims, "d_embed": 6}))
+    assert projected.head == 2 * 5 * 6 * 11
+    assert projected.projections == 2 * 5 * 6 * 8 + 2 * 5 * 8 * 6
+    assert plain.projections == 0
+    without = plain.forward - plain.head
+    assert projected.forward - without == projected.head + projected.projections
+
+
 def test_pile_recipe():
     batch, seq_len = 256, 2048
     assert steps_for_tokens(2_500_000_000, batch, seq_len) == 4_769

@@ -170,6 +170,48 @@ def test_initial_values_depend_on_seed_and_name_alone():
     assert not torch.equal(*layers)
 
 
+def test_a_projected_embedding_is_two_linear_maps():
+    gpt, ids = model(d_embed=6).eval(), tokens(2, 12)
+    assert gpt.wte.weight.shape == (29, 6)
+    assert gpt.project_in is not None
+    assert gpt.project_out is not None
+    x = gpt.wte.weight[ids] @ gpt.project_in.weight.T + gpt.wpe.weight[:12]
+    for block in gpt.h:
+        x = block(x, None)
+    wide = gpt.ln_f(x)
+    assert torch.equal(gpt.hidden(ids), wide)
+    logits = wide @ gpt.project_out.weight.T @ gpt.wte.weight.T
+    torch.testing.assert_close(gpt(ids), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_projections_through_the_identity_are_the_plain_model():
+    plain, projected = model().eval(), model(d_embed=16).eval()
+    assert projected.project_in is not None
+    assert projected.project_out is not None
+    with torch.no_grad():
+        for projection in (projected.project_in, projected.project_out):
+            projection.weight.copy_(torch.eye(16))
+    ids = tokens(2, 12)
+    assert torch.equal(projected(ids), plain(ids))
+
+
+def test_projections_keep_the_scale_of_embeddings_and_logits():
+    dims = {"n_layer": 1, "d_model": 768, "d_ff": 16, "vocab_size": 600, "n_positions": 8}
+    scales = []
+    for d_embed in (None, 256):
+        gpt = GPT(config(**dims, d_embed=d_embed))
+        gpt.init_weights(5)
+        ids = torch.arange(8)[None]
+        hidden = torch.randn(400, 768, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            embedded = gpt.wte(ids) if gpt.project_in is None else gpt.project_in(gpt.wte(ids))
+            out = hidden if gpt.project_out is None else gpt.project_out(hidden)
+        scales.append((float(embedded.std()), float(out.std())))
+    spread = 0.8796  # of a normal cut at 2 sigma
+    assert scales[1][0] == pytest.approx(spread * scales[0][0], rel=0.05)
+    assert scales[1][1] == pytest.approx(spread * scales[0][1], rel=0.02)
+
+
 def test_loss():
     gpt, ids = model().eval(), tokens(2, 12)
     targets = tokens(2, 12).roll(3)
@@ -219,6 +261,9 @@ def test_the_sparse_layers_and_their_names():
 def test_bad_dimensions():
     with pytest.raises(ValueError, match="d_model 16 is not divisible by n_head 3"):
         config(n_head=3)
+    for width in (0, True, 6.0):
+        with pytest.raises(ValueError, match=f"d_embed {width} is not a positive number"):
+            config(d_embed=width)
     with pytest.raises(ValueError, match="13 tokens is longer than n_positions 12"):
         model()(tokens(1, 13))
 

@@ -90,6 +90,13 @@ def test_every_parameter_is_in_one_group():
     assert (decay["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
 
 
+def test_projections_decay_as_linear_weights_do():
+    model = GPT(GPTConfig(1, 2, 8, 16, vocab_size=11, n_positions=6, d_embed=4))
+    decay, _ = parameter_groups(model, 0.1)
+    assert [tuple(p.shape) for p in decay["params"][:2]] == [(8, 4), (4, 8)]
+    assert len(decay["params"]) == 8
+
+
 def test_a_held_step_changes_nothing_and_the_next_is_a_normal_one():
     def run(holds):
         torch.manual_seed(3)
