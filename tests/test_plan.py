@@ -283,9 +283,9 @@ def test_the_cost_of_updates_is_in_the_plan():
     assert one.update is not None
     assert many.update is not None
     assert one.update.sent == 0
-    # Samples of 8,192 and three histograms of 2,050 numbers a layer, for the drop and the growth;
+    # Samples of 4,096 and three histograms of 2,050 numbers a layer, for the drop and the growth;
     # and what checks them.
-    assert many.update.payload == 72 * (2 * 4 * 8192 + 2 * 3 * 4 * 2050 + 2 * 8)
+    assert many.update.payload == 72 * (2 * 4 * 4096 + 2 * 3 * 4 * 2050 + 2 * 8)
     assert many.update.sent == 2 * many.update.payload * 31 // 32
     assert many.update.sent / 72 < 1e6
     assert many.update.exchanges == one.update.exchanges == 10
