@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sparse_gpt.errors import UserError
 from sparse_gpt.ift import FORMS, MEMBERS, Transform
 from sparse_gpt.ift.forms import layer_of, solve_size
-from sparse_gpt.ift.wide import exact
+from sparse_gpt.ift.wide import exact, width_step
 from sparse_gpt.model.flops import (
     fraction_of_steps,
     layer_shapes,
@@ -303,7 +303,7 @@ class RunConfig(Section):
         self._check_ift()
         self._check_iso_flop()
         if self.ift.solve == "width":
-            _ = self.base_dims  # the widths come from the solver, as multiples of the block
+            self._check_width_step()
         else:
             self._check_blocks()
         return self
@@ -366,6 +366,17 @@ class RunConfig(Section):
             raise ValueError(
                 "ift.iso_flop: model needs global_batch_size where max_tokens is given: the steps "
                 "of the run, and what they cost, must not depend on the number of ranks"
+            )
+
+    def _check_width_step(self) -> None:
+        """The widths come from the solver, which tries multiples of a step."""
+        step = width_step(self.base_dims, self.ift.heads, self.width_multiple)
+        block = math.lcm(*self.sparsity.structure.block)
+        if step % block:
+            raise ValueError(
+                f"ift.multiple_of: {self.ift.multiple_of} gives widths in steps of {step}, which "
+                f"blocks of {self.sparsity.structure.block} do not divide; set ift.multiple_of: "
+                f"{block}"
             )
 
     def _check_blocks(self) -> None:

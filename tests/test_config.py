@@ -102,6 +102,13 @@ REFUSED = {
         {"ift__member": "wide", "ift__solve": "width"},
         "ift.solve: width needs ift.iso_flop: model",
     ),
+    "steps that blocks do not divide": (
+        {
+            "ift": {"member": "wide", "iso_flop": "model", "solve": "width", "multiple_of": 24},
+            "sparsity__structure": {"type": "block", "block": [16, 16]},
+        },
+        "steps of 24, which blocks of (16, 16) do not divide; set ift.multiple_of: 16",
+    ),
     "model mode of nothing": ({"ift__iso_flop": "model"}, "set another member, e.g. wide"),
     "two sparsities": (
         {

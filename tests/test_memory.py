@@ -1,5 +1,7 @@
 """Memory by arithmetic against what autograd really keeps."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -77,6 +79,15 @@ def test_what_transformed_layers_keep(member, non_linearity):
     assert planned[1] - planned[0] == sizes[1] - sizes[0]
     checkpointed = [activation_bytes(model, 3, 32, "fp32", True) for model in models]
     assert checkpointed[1] - checkpointed[0] == 2 * 3 * 32 * 4 * 64
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_projections_keep(precision):
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    configs = [dataclasses.replace(gpt_config(1), d_embed=width) for width in (None, 40)]
+    sizes = [kept_bytes(c, 3, dtype, patterns=False) for c in configs]
+    planned = [activation_bytes(c, 3, 32, precision, checkpointing=False) for c in configs]
+    assert planned[1] - planned[0] == sizes[1] - sizes[0] > 0
 
 
 def test_checkpointing_keeps_one_block_whole():
