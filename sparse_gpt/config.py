@@ -452,6 +452,11 @@ class RunConfig(Section):
         """The sparsity that the member's sizes are solved from."""
         return self.sparsity.sparsity if self.ift.sparsity is None else self.ift.sparsity
 
+    def in_dense_block(self, name: str) -> bool:
+        """Whether `dense_first` or `dense_last` keeps the block of a layer or weight dense."""
+        last = self.base_dims["n_layer"] - self.sparsity.dense_last
+        return not self.sparsity.dense_first <= int(name.split(".")[1]) < last
+
     def names_layer(self, weight: str) -> bool:
         """Whether `sparsity.param_filter` chooses a weight and `ift.keep_dense` does not.
 
@@ -481,7 +486,7 @@ class RunConfig(Section):
                     self.width_multiple or 1,
                 )
                 for layer, shape in layer_shapes(self.dims).items()
-                if self.names_layer(f"{layer}.weight")
+                if self.names_layer(f"{layer}.weight") and not self.in_dense_block(layer)
             }
         return Transform(self.ift.member, self.ift.non_linearity or "relu", sizes)
 

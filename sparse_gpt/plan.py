@@ -72,6 +72,7 @@ class Plan:
     activations: int  # a rank's, without activation checkpointing
     activations_checkpointed: int
     checkpoint_bytes: int
+    sparse_layers: int  # weights with a mask of their own
     update: UpdateCost | None  # of a topology update of a rank; None where there are none
     update_freq: int
 
@@ -166,6 +167,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         activations_checkpointed=activation_bytes(*memory_args, checkpointing=True),
         # fp32 master and two moments, and a bit a block.
         checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in masked.values()),
+        sparse_layers=len(masked),
         update=_update_cost(config, masked, block, parameters, world_size) if updates else None,
         update_freq=config.sparsity.update.freq,
     )
@@ -334,7 +336,7 @@ def update_table(plans: Sequence[Plan], cluster: Cluster) -> str:
         flops = tokens * plan.masked_flops_per_token
         step = flops / (plan.ranks * cluster.peak * cluster.mfu)
         share = seconds / (plan.update_freq * step + seconds)
-        layers = 6 * plan.model.n_layer
+        layers = plan.sparse_layers
         lines.append(
             f"  {plan.ranks:>6} {cost.exchanges:>9} {_bytes(cost.sent // layers):>11} "
             f"{_bytes(cost.sent):>10} {_bytes(cost.extra):>13} {_time(seconds):>10} "

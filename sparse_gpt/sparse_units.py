@@ -148,12 +148,7 @@ class _Layers:
     def _fixed(self) -> dict[str, int]:
         """Units of the layers that stay dense or have a sparsity of their own."""
         sparsity = self.config.sparsity
-        last = self.dims["n_layer"] - sparsity.dense_last
-        fixed = {
-            name: total
-            for name, total in self.totals.items()
-            if not sparsity.dense_first <= int(name.split(".")[1]) < last
-        }
+        fixed = {n: total for n, total in self.totals.items() if self.config.in_dense_block(n)}
         for glob, own in sparsity.layer_sparsity.items():
             named = [name for name in self.totals if _matches(name, glob)]
             if not named:

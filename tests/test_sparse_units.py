@@ -299,3 +299,15 @@ def test_members_pay_for_dense_gradients_in_model_mode(member):
     assert abs(run_cost(run, VOCAB, solution) / (100 * DENSE) - 1) < 1e-6
     layer = solve(config(sparsity, ift={"member": member}, max_steps=100), VOCAB)
     assert total(solution) < total(layer)
+
+
+@pytest.mark.parametrize("member", ["parallel", "factorized", "doped"])
+def test_blocks_that_stay_dense_keep_the_plain_form(member):
+    run = config({"sparsity": 0.75, "dense_first": 1, "dense_last": 1}, ift={"member": member})
+    assert run.transform is not None
+    assert {name.split(".")[1] for name in run.transform.sizes} == {str(i) for i in range(1, 11)}
+    counts = solve(run, VOCAB).units
+    assert counts["h.11.mlp.fc1.weight"] == (768 * 3072, 768 * 3072)
+    active = {name: kept for name, (kept, _) in counts.items()}
+    whole = residual(run.base_dims, run.dims, active, run.transform)["all"]
+    assert whole.excess == 0

@@ -152,12 +152,14 @@ def losses_of(corpus, out, config_changes):
 
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_sparse_wide_at_sparsity_zero_is_the_dense_model(corpus, tmp_path, stage, precision):
+def test_members_at_sparsity_zero_are_the_dense_model(corpus, tmp_path, stage, precision):
     same = {"max_steps": 10, "deepspeed__zero_stage": stage, "precision": precision,
             "sparsity": {"sparsity": 0.0}}  # fmt: skip
     dense = run_ranks(2, losses_of, corpus, str(tmp_path / "dense"), same)
-    wide = run_ranks(2, losses_of, corpus, str(tmp_path / "wide"), same | {"ift__member": "wide"})
-    assert dense == wide
+    linear = {"non_linearity": "identity"}
+    for member, more in (("wide", {}), ("parallel", linear), ("doped", linear)):
+        run = same | {"ift": {"member": member, **more}}
+        assert dense == run_ranks(2, losses_of, corpus, str(tmp_path / member), run), member
     assert len(dense[0]) == 10 and dense[0][-1] < dense[0][0]
 
 

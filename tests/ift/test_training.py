@@ -44,23 +44,31 @@ def train(corpus, out, changes):
         return seen, state.flops_spent, expected
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("member", CASES)
-def test_five_steps_and_a_resume(member, stage, corpus, tmp_path):
-    changes = {
+def changes_of(member, **more):
+    return {
         **CASES[member],
         "max_steps": 5,
-        "deepspeed__zero_stage": stage,
+        "deepspeed__zero_stage": 2,
         "sparsity__update": {"freq": 2, "stop": 5},
+        **more,
     }
+
+
+def in_two_parts(ranks, corpus, out, changes):
+    """What rank 0 saw in a session of three steps and one of the two others."""
+    parts = []
+    for stop in (3, 5):
+        parts += run_ranks(ranks, train, corpus, str(out), changes | {"stop_at": stop})[0][0]
+    return parts
+
+
+@pytest.mark.parametrize("member", CASES)
+def test_five_steps_and_a_resume(member, corpus, tmp_path):
+    changes = changes_of(member)
     ((whole, spent, expected),) = run_ranks(1, train, corpus, str(tmp_path / "whole"), changes)
     assert [step for step, _, _ in whole] == [1, 2, 3, 4, 5]
     assert spent == expected
-    parts = []
-    for stop in (3, 5):
-        run = {**changes, "stop_at": stop}
-        parts += run_ranks(1, train, corpus, str(tmp_path / "parts"), run)[0][0]
-    assert parts == whole
+    assert in_two_parts(1, corpus, tmp_path / "parts", changes) == whole
     config = run_config(corpus, tmp_path / "whole", **changes)
     reader = open_checkpoint(tmp_path / "whole")
     assert reader.gpt_config == config.gpt_config(257)
@@ -71,3 +79,21 @@ def test_five_steps_and_a_resume(member, stage, corpus, tmp_path):
     assert bool(reader.layers) == (member != "low_rank")
     digests = {digest for _, _, digest in whole}
     assert len(digests) == (1 if member == "low_rank" else 3)  # updates at 2 and 4
+
+
+SLOW = ("parallel", "factorized", "low_rank")
+
+
+@pytest.mark.parametrize(
+    "member", ["doped", *(pytest.param(member, marks=pytest.mark.slow) for member in SLOW)]
+)
+def test_nothing_whole_on_any_rank(member, corpus, tmp_path):
+    """At stage 3 not even the bias stays gathered, which a layer hands to one of its parts."""
+    changes = changes_of(member)
+    ((whole, spent, _),) = run_ranks(1, train, corpus, str(tmp_path / "whole"), changes)
+    changes |= {"deepspeed__zero_stage": 3, "deepspeed__param_persistence_threshold": 0}
+    one, other = run_ranks(2, train, corpus, str(tmp_path / "sharded"), changes)
+    assert one == other and one[1] == spent
+    losses = [[loss for _, loss, _ in steps] for steps in (one[0], whole)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+    assert in_two_parts(2, corpus, tmp_path / "parts", changes) == one[0]
