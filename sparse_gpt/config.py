@@ -81,19 +81,49 @@ class IFTConfig(Section):
 
 
 class StructureConfig(Section):
-    """Shape of what is kept or dropped together."""
+    """Shape of what is kept or dropped together, and which groups of it keep their number.
 
-    type: Literal["unstructured", "block"] = "unstructured"
+    `n_m`: n of each m weights along the input dimension; `transposable`: in every row and every
+    column of each m x m tile, for the backward pass too. `balanced: row` keeps as many weights in
+    every row, or blocks in every row of blocks.
+    """
+
+    type: Literal["unstructured", "block", "n_m"] = "unstructured"
     block: tuple[Positive, Positive] = (1, 1)  # b_out, b_in
     score: Literal["l2", "max"] = "l2"
+    n: Positive | None = None
+    m: Annotated[int, Field(ge=2, le=32)] | None = None  # sums over larger tiles could overflow
+    transposable: bool = False
+    balanced: Literal["none", "row"] = "none"
 
     @model_validator(mode="after")
     def _check(self) -> "StructureConfig":
         if self.type == "block" and self.block == (1, 1):
             raise ValueError("structure type block needs block: [b_out, b_in], e.g. [16, 16]")
-        if self.type == "unstructured" and self.block != (1, 1):
-            raise ValueError("structure.block is set but type is unstructured; set type: block")
+        if self.type != "block" and self.block != (1, 1):
+            raise ValueError(f"structure.block is set but type is {self.type}; set type: block")
+        if self.type == "n_m":
+            if self.n is None or self.m is None or self.n >= self.m:
+                raise ValueError("structure type n_m needs n and m, n < m, e.g. n: 2, m: 4")
+            if self.balanced != "none":
+                raise ValueError("structure.balanced: n_m is balanced as it is; leave it out")
+        elif self.n is not None or self.m is not None or self.transposable:
+            raise ValueError(
+                f"structure.n, m or transposable is set but type is {self.type}; set type: n_m"
+            )
         return self
+
+    @property
+    def n_m(self) -> tuple[int, int] | None:
+        """(n, m) of type n_m."""
+        return None if self.n is None or self.m is None else (self.n, self.m)
+
+    @property
+    def divisors(self) -> tuple[int, int]:
+        """What must divide the rows and the columns of a weight."""
+        if self.m is None:
+            return self.block
+        return (self.m if self.transposable else 1), self.m
 
 
 class DropFractionConfig(Section):
@@ -159,6 +189,35 @@ class SparsityConfig(Section):
     storage: Literal["masked"] = "masked"
     kernel: Literal["auto", "masked", "reference"] = "auto"
     growth_score: Literal["exact"] = "exact"
+
+    @model_validator(mode="after")
+    def _check_structure(self) -> "SparsityConfig":
+        structure = self.structure
+        if structure.n_m is not None:
+            n, m = structure.n_m
+            if abs(self.sparsity - (1 - n / m)) > 1e-6:
+                raise ValueError(
+                    f"structure {n}:{m} has a sparsity of {1 - n / m:.6g}, not {self.sparsity}; "
+                    "set sparsity.sparsity to it, or choose other n and m (0.5 is 2:4, 0.75 is "
+                    "1:4 or 2:8)"
+                )
+            given = {
+                "distribution: erdos_renyi": self.distribution != "uniform",
+                "dense_first": self.dense_first,
+                "dense_last": self.dense_last,
+                "layer_sparsity": self.layer_sparsity,
+            }
+            for key in (key for key, value in given.items() if value):
+                raise ValueError(
+                    f"{key} gives layers other sparsities, but every layer of structure {n}:{m} "
+                    f"has {1 - n / m:.6g}; leave it out, and layers dense by param_filter"
+                )
+        if self.update.scope == "model" and (structure.n_m or structure.balanced != "none"):
+            raise ValueError(
+                "update.scope: model moves weights between layers, but in this structure every "
+                "group keeps its number; set update.scope: layer"
+            )
+        return self
 
 
 class DataSource(Section):
@@ -360,6 +419,11 @@ class RunConfig(Section):
                 f"ift.sparsity {ift.sparsity} and sparsity.sparsity {sparsity.sparsity} differ, "
                 "and ift.iso_flop: model solves for the sparsity; set sparsity.sparsity alone"
             )
+        if ift.solve == "sparsity" and sparsity.structure.type == "n_m":
+            raise ValueError(
+                "ift.iso_flop: model solves for a sparsity, and n_m has one that is given; set "
+                "ift.solve: width"
+            )
         if ift.solve == "width" and ift.member != "wide":
             raise ValueError("ift.solve: width needs ift.member: wide")
         if self.max_tokens is not None and self.global_batch_size is None:
@@ -380,22 +444,24 @@ class RunConfig(Section):
             )
 
     def _check_blocks(self) -> None:
-        b_out, b_in = self.sparsity.structure.block
+        structure = self.sparsity.structure
+        d_out, d_in = structure.divisors
         d, f = self.dims["d_model"], self.dims["d_ff"]
-        for key, width in (("d_model", d), ("d_ff", f)):
-            for axis, size in (("b_out", b_out), ("b_in", b_in)):
+        is_n_m = structure.type == "n_m"
+        key, other = ("m", "n and m") if is_n_m else ("block", "block")
+        advice = f"choose another {other}, or set ift.multiple_of: {math.lcm(d_out, d_in)}"
+        for width_key, width in (("d_model", d), ("d_ff", f)):
+            for axis, size in (("b_out", d_out), ("b_in", d_in)):
                 if width % size:
                     raise ValueError(
-                        f"sparsity.structure.block: {axis} {size} does not divide {key} {width} "
-                        f"(of the model as trained); choose another block, or set "
-                        f"ift.multiple_of: {math.lcm(b_out, b_in)}"
+                        f"sparsity.structure.{key}: {'m' if is_n_m else axis} {size} does not "
+                        f"divide {width_key} {width} (of the model as trained); {advice}"
                     )
         for name, (out, inner) in linear_shapes(self.dims, self.transform).items():
-            if out % b_out or inner % b_in:
+            if out % d_out or inner % d_in:
                 raise ValueError(
-                    f"sparsity.structure.block: {b_out} x {b_in} does not divide {name} "
-                    f"({out} x {inner}); choose another block, or set ift.multiple_of: "
-                    f"{math.lcm(b_out, b_in)}"
+                    f"sparsity.structure.{key}: {d_out} x {d_in} does not divide {name} "
+                    f"({out} x {inner}); {advice}"
                 )
 
     @property
@@ -493,7 +559,7 @@ class RunConfig(Section):
     @property
     def width_multiple(self) -> int | None:
         """What the widened widths are a multiple of besides the heads; None where nothing."""
-        multiple = self.ift.multiple_of or math.lcm(*self.sparsity.structure.block)
+        multiple = self.ift.multiple_of or math.lcm(*self.sparsity.structure.divisors)
         return None if multiple == 1 else multiple
 
     def gpt_config(self, vocab_size: int, dims: dict[str, int] | None = None) -> GPTConfig:

@@ -46,7 +46,8 @@ def solve(config: RunConfig, vocab_size: int) -> Solution:
     base layer's FLOPs to the nearest block (FACTS section 8); so they are for members that change
     a layer's form, whose sizes are whole numbers. `model`: App. A.2's search over whole
     units, for the sparsity or first for the width, so that the run costs what the dense model's
-    does. `sparsity.distribution` shares the number out without changing it. Raises `UserError` for
+    does. `sparsity.distribution` shares the number out without changing it. Last, every layer's
+    number is rounded to what the groups of its structure can share out. Raises `UserError` for
     filters that name no layer, and for what no sparsity or width solves.
     """
     if config.sparsity.sparsity == 0.0:
@@ -183,8 +184,22 @@ class _Layers:
         return distribute(self.shapes, total, block, rule, self.fixed)
 
     def solution(self, counts: Mapping[str, int]) -> Solution:
-        units = {name: (counts[name], total) for name, total in self.totals.items()}
+        units = {name: (self._in_groups(name, counts[name]), n) for name, n in self.totals.items()}
         return Solution(self.dims, units)
+
+    def _in_groups(self, name: str, kept: int) -> int:
+        """The number of units next to `kept` that the groups of the structure can share out.
+
+        N:M leaves no choice. Balanced rows each keep the same number, at least one.
+        """
+        structure = self.config.sparsity.structure
+        if structure.n_m is not None:
+            n, m = structure.n_m
+            return self.totals[name] // m * n
+        if structure.balanced == "none":
+            return kept
+        rows = self.shapes[name][0] // structure.block[0]
+        return rows * max(1, (2 * kept + rows) // (2 * rows))
 
 
 def _matches(weight: str, glob: str) -> bool:

@@ -86,6 +86,62 @@ REFUSED = {
         {"sparsity__structure": {"type": "block"}},
         "needs block: [b_out, b_in]",
     ),
+    "n_m without numbers": (
+        {"sparsity__structure": {"type": "n_m", "n": 2}},
+        "needs n and m, n < m, e.g. n: 2, m: 4",
+    ),
+    "n of no n_m": (
+        {"sparsity__structure": {"n": 2, "m": 4}},
+        "structure.n, m or transposable is set but type is unstructured; set type: n_m",
+    ),
+    "block of n_m": (
+        {"sparsity__structure": {"type": "n_m", "n": 2, "m": 4, "block": [2, 2]}},
+        "structure.block is set but type is n_m; set type: block",
+    ),
+    "balanced n_m": (
+        {"sparsity__structure": {"type": "n_m", "n": 2, "m": 4, "balanced": "row"}},
+        "structure.balanced: n_m is balanced as it is",
+    ),
+    "another sparsity than n_m": (
+        {"sparsity": {"sparsity": 0.75, "structure": {"type": "n_m", "n": 2, "m": 4}}},
+        "structure 2:4 has a sparsity of 0.5, not 0.75; set sparsity.sparsity to it, or choose "
+        "other n and m (0.5 is 2:4, 0.75 is 1:4 or 2:8)",
+    ),
+    "m of the width": (
+        {"sparsity": {"sparsity": 0.5, "structure": {"type": "n_m", "n": 12, "m": 24}}},
+        "sparsity.structure.m: m 24 does not divide d_model 64",
+    ),
+    "dense layers beside n_m": (
+        {
+            "sparsity": {
+                "sparsity": 0.5,
+                "structure": {"type": "n_m", "n": 2, "m": 4},
+                "dense_last": 1,
+            }
+        },
+        "dense_last gives layers other sparsities, but every layer of structure 2:4 has 0.5",
+    ),
+    "n_m over the model": (
+        {
+            "sparsity": {
+                "sparsity": 0.5,
+                "structure": {"type": "n_m", "n": 2, "m": 4},
+                "update": {"scope": "model"},
+            }
+        },
+        "every group keeps its number; set update.scope: layer",
+    ),
+    "rows over the model": (
+        {"sparsity__structure": {"balanced": "row"}, "sparsity__update": {"scope": "model"}},
+        "every group keeps its number; set update.scope: layer",
+    ),
+    "a sparsity solved for n_m": (
+        {
+            "ift": {"member": "wide", "iso_flop": "model"},
+            "sparsity": {"sparsity": 0.5, "structure": {"type": "n_m", "n": 2, "m": 4}},
+        },
+        "n_m has one that is given; set ift.solve: width",
+    ),
     "no model": ({"model": {}}, "model: set preset, or n_layer, n_head, d_model"),
     "unknown preset": ({"model": {"preset": "gpt3-126m"}}, "did you mean 'gpt3-125m'?"),
     "two warmups": (

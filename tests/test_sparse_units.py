@@ -311,3 +311,28 @@ def test_blocks_that_stay_dense_keep_the_plain_form(member):
     active = {name: kept for name, (kept, _) in counts.items()}
     whole = residual(run.base_dims, run.dims, active, run.transform)["all"]
     assert whole.excess == 0
+
+
+@pytest.mark.parametrize("transposable", [False, True])
+def test_n_of_m(transposable):
+    structure = {"type": "n_m", "n": 2, "m": 8, "transposable": transposable}
+    run = config({"sparsity": 0.75, "structure": structure})
+    assert run.dims["d_model"] == 1536
+    assert solve(run, VOCAB).units["h.3.mlp.fc2.weight"] == (6144 * 1536 // 4, 6144 * 1536)
+    odd = config({"sparsity": 0.5, "structure": structure | {"n": 4}})
+    assert odd.dims["d_model"] % 24 == 0, "heads and m divide it"
+    kept, count = solve(odd, VOCAB).units["h.3.attn.q.weight"]
+    assert (2 * kept, count) == (count, odd.dims["d_model"] ** 2)
+
+
+def test_balanced_rows_are_shared_out():
+    base = {"sparsity": 0.9, "structure": {"balanced": "row"}}
+    kept, count = solve(config(base, ift={"member": "none"}), VOCAB).units["h.3.attn.o.weight"]
+    assert (kept, count) == (768 * 77, 768 * 768)
+    blocks = {"type": "block", "block": [16, 32], "balanced": "row"}
+    run = config({"sparsity": 0.99, "structure": blocks}, ift={"member": "none"})
+    assert solve(run, VOCAB).units["h.0.mlp.fc1.weight"] == (192, 192 * 24), "at least one a row"
+    run = config({"sparsity": 0.5, "structure": blocks})
+    kept, count = solve(run, VOCAB).units["h.0.mlp.fc1.weight"]
+    rows = run.dims["d_ff"] // 16
+    assert kept == rows * round(3072 * 768 / 512 / rows)

@@ -28,6 +28,7 @@ from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import Pattern
 from sparse_gpt.topology.bits import Bits, chunks
 from sparse_gpt.topology.block_scores import block_scores
+from sparse_gpt.topology.grouped import GroupedBlocks, GroupedUnits
 from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.methods import Method
 from sparse_gpt.topology.random import RandomKey
@@ -90,6 +91,7 @@ class TopologyController:
         self.whole_model, self.replaces_step = whole_model, hold_step
         self.show_patterns = show_patterns
         self.masks: dict[str, LayerMask] = {}
+        self._groups = {n: structure.groups(_matrix(shards, n), units[n]) for n in layers}
         self._batches = [[n for n in batch if n in layers] for batch in shards.batches()]
         if whole_model and sum(map(bool, self._batches)) > 1:
             raise RuntimeError("the layers of one selection are in several optimizer steps: a bug")
@@ -109,7 +111,7 @@ class TopologyController:
         nothing = UnitSet(
             [empty[n].bits for n in names], [0] * len(names), [empty[n].units for n in names]
         )
-        drawn = units.best("random", ~nothing, [counts[name] for name in names])
+        drawn = units.pattern("random", ~nothing, [counts[name] for name in names])
         self.masks = empty
         self._install(names, drawn)
 
@@ -136,6 +138,12 @@ class TopologyController:
         wrong = self._wrong_counts()
         if wrong:
             raise UserError(f"the saved mask of {wrong[0]} has not {counts[wrong[0]]} active units")
+        misfits = self._units(names, 0, scored=False, whole_model=False).misfits(loaded)
+        if misfits:
+            raise UserError(
+                f"the saved mask of {misfits[0]} has not the same number in every group; keep "
+                "sparsity.structure as it was"
+            )
         self.check_agreement()
 
     def zero_outside(self) -> None:
@@ -146,8 +154,7 @@ class TopologyController:
                 mask.zero_outside_(list(fragment.tensors().values()), fragment.start)
 
     def _empty_mask(self, name: str) -> LayerMask:
-        out_features, in_features = self.shards.shape(name)
-        shape, fragment = (out_features, in_features), self.shards.fragment(name)
+        shape, fragment = _matrix(self.shards, name), self.shards.fragment(name)
         rows, columns = self.structure.grid(shape)
         start, numel = 0, rows * columns
         if self.structure.unstructured:
@@ -262,7 +269,11 @@ class TopologyController:
                 gradient = self.shards.stepped_gradient(fragment) if dense else None
                 parts.append(LayerPart(fragment.start, fragment.master, gradient))
         key = (self.seed, index)
+        groups = [self._groups[name] for name in names]
+        groups = [of_layer for of_layer in groups if of_layer is not None]
         if self.structure.unstructured:
+            if groups:
+                return GroupedUnits(names, parts, self.shards.sum_over_ranks, key, groups)
             return ShardedUnits(names, parts, self.shards.sum_over_ranks, key, whole_model)
         scores = {}
         if scored:
@@ -270,6 +281,8 @@ class TopologyController:
         if dense:
             gradients = [(p.start, p.gradient) for p in parts if p.gradient is not None]
             scores["gradient"] = self._block_scores(names, gradients)
+        if groups:
+            return GroupedBlocks(names, scores, key, groups)
         return BlockUnits(names, scores, key, whole_model)
 
     def _block_scores(self, names: list[str], parts: list[tuple[int, Tensor]]) -> list[Tensor]:
@@ -366,3 +379,9 @@ class TopologyController:
             found = self.shards.sum_over_ranks(found)
         pairs = zip(self.masks.items(), found.tolist(), strict=True)
         return [name for (name, mask), count in pairs if count != mask.active]
+
+
+def _matrix(shards: Shards, name: str) -> tuple[int, int]:
+    """Shape of a whole weight, `[out, in]`."""
+    out_features, in_features = shards.shape(name)
+    return out_features, in_features

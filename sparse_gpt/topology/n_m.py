@@ -20,8 +20,7 @@ from sparse_gpt.topology.groups import best_in_groups
 from sparse_gpt.topology.random import random_scores
 from sparse_gpt.topology.tile_search import greedy, improve_, repair_
 
-MAX_M = 32
-BITS = 40  # benefits in a tile are below 2^40: a thousand of them, and as many pins, fit int64
+BITS = 40  # of benefits: up to M = 32 a thousand of them, and as many pins, fit int64
 _MAGNITUDE = 0x7FFFFFFF
 _ENUMERATED = 4  # tiles up to this size: 3,000 patterns of 5 x 5 would cost more than a search
 

@@ -25,7 +25,7 @@ def greedy(benefit: Tensor, n: int) -> Tensor:
     position.
     """
     tiles, m = benefit.shape[:2]
-    order = benefit.view(tiles, -1).sort(dim=1, descending=True, stable=True).indices
+    order = benefit.flatten(1).sort(dim=1, descending=True, stable=True).indices
     used = torch.zeros(2, tiles, m, dtype=torch.int8, device=benefit.device)
     mask = torch.zeros(tiles, m * m, dtype=torch.bool, device=benefit.device)
     for place in order.t():

@@ -71,6 +71,21 @@ class Units(ABC):
         rank where a count is out of range or a score is not finite.
         """
 
+    def pattern(self, score: Score, of: UnitSet, counts: Sequence[int]) -> UnitSet:
+        """The best `counts` units of a set that the structure allows to be active together."""
+        return self.best(score, of, counts)
+
+    def grow(self, score: Score, kept: UnitSet, active: UnitSet, counts: Sequence[int]) -> UnitSet:
+        """The best `counts` units to add to what was kept of the active ones.
+
+        Together they are a pattern that the structure allows, as the active ones were.
+        """
+        return self.best(score, ~kept, counts)
+
+    def misfits(self, active: UnitSet) -> list[str]:
+        """Names of layers whose units the structure does not allow to be active together."""
+        return []
+
 
 @dataclass(frozen=True)
 class LayerPart:

@@ -169,7 +169,7 @@ def controller_of(
     return TopologyController(
         layers,
         units,
-        BlockStructure(sparsity.structure.block, sparsity.structure.score),
+        structure_of(config),
         METHODS[sparsity.algorithm],
         schedule_of(config, world_size),
         config.seed,
@@ -179,6 +179,17 @@ def controller_of(
         hold_step=sparsity.update.mode == "replace",
         # The masked kernel is a dense product: weights outside the mask are zero already.
         show_patterns=sparsity.kernel not in ("auto", "masked"),
+    )
+
+
+def structure_of(config: RunConfig) -> BlockStructure:
+    structure = config.sparsity.structure
+    return BlockStructure(
+        block=structure.block,
+        score=structure.score,
+        n_m=structure.n_m,
+        transposable=structure.transposable,
+        balanced=structure.balanced == "row",
     )
 
 

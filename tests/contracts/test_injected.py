@@ -35,22 +35,19 @@ METHODS = [(method, block) for method in ("set", "rigl") for block in ((1, 1), (
 def configuration(
     corpus, out, method, block, mode, scope="layer", ranks=None, **changes
 ) -> RunConfig:
-    structure = {} if block == (1, 1) else {"type": "block", "block": list(block)}
-    return run_config(
-        corpus,
-        out,
+    settings = {
         # 72 divides by 3 and by no power of two above 8: fragments end inside rows and blocks.
-        model__d_model=72,
+        "model__d_model": 72,
         # What is injected does not depend on it.
-        global_batch_size=12 if ranks is None else 2 * ranks,
-        micro_batch_size=1,
-        sparsity__algorithm=method,
-        sparsity__structure=structure,
-        sparsity__update={"freq": STEP, "mode": mode, "scope": scope},
+        "global_batch_size": 12 if ranks is None else 2 * ranks,
+        "micro_batch_size": 1,
+        "sparsity__algorithm": method,
+        "sparsity__structure": {} if block == (1, 1) else {"type": "block", "block": list(block)},
+        "sparsity__update": {"freq": STEP, "mode": mode, "scope": scope},
         # Its norm is a sum over shards, whose order is the layout's.
-        optimizer__grad_clip=0.0,
-        **changes,
-    )
+        "optimizer__grad_clip": 0.0,
+    }
+    return run_config(corpus, out, **(settings | changes))
 
 
 def injected_values(config, path):

@@ -66,11 +66,11 @@ def _one_rank(monkeypatch):
     monkeypatch.setattr(dist, "get_world_size", lambda: 1)
 
 
-def controller(shards, block=(1, 1), units=16, **more):
+def controller(shards, block=(1, 1), units=16, structure=None, **more):
     return TopologyController(
         {name: Layer() for name in NAMES},
         dict.fromkeys(NAMES, units),
-        BlockStructure(block),
+        structure or BlockStructure(block),
         METHODS["rigl"],
         UpdateSchedule(1, 100),
         0,
@@ -122,6 +122,17 @@ def test_a_saved_mask_with_another_count_is_refused():
     read["d"] = Bits(flipped, 64)
     with pytest.raises(UserError, match="mask of d has not 16 active units"):
         made.load(read, dict.fromkeys(NAMES, 16))
+
+
+@pytest.mark.parametrize("transposable", [False, True])
+def test_a_saved_mask_of_another_structure_is_refused(transposable):
+    structure = BlockStructure(n_m=(2, 8), transposable=transposable)
+    made = controller(PlainShards(), structure=structure)
+    counts = dict.fromkeys(NAMES, 16)
+    made.load({name: mask.bits for name, mask in made.masks.items()}, counts)
+    read = {name: mask.bits for name, mask in controller(PlainShards()).masks.items()}
+    with pytest.raises(UserError, match="mask of a has not the same number in every group"):
+        made.load(read, counts)
 
 
 def test_a_rank_that_owns_nothing_of_some_layers():

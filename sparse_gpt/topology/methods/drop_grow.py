@@ -9,11 +9,12 @@ def drop_and_grow(units: Units, active: UnitSet, fraction: float, growth: Score)
 
     Candidates for growth are all units inactive AFTER the drop, the just-dropped ones included
     (FACTS section 5). Ties go to the lower index, in dropping and in growing. The number of
-    active units does not change: in every layer, or over the model where that is the scope.
+    active units does not change: in every layer, or over the model where that is the scope, and
+    in every group of a structure that has such.
     """
     counts = units.share(active, fraction)
     kept = active - units.best("smallest magnitude", active, counts)
-    return kept | units.best(growth, ~kept, counts)
+    return kept | units.grow(growth, kept, active, counts)
 
 
 class DropAndGrow(Method):
