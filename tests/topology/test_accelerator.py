@@ -12,11 +12,14 @@ from hypothesis import strategies as st
 
 from sparse_gpt.topology.bits import Bits, pack, unpack
 from sparse_gpt.topology.block_scores import block_scores
+from sparse_gpt.topology.grouped import GroupedUnits
 from sparse_gpt.topology.keys import LargestMagnitude
 from sparse_gpt.topology.masks import LayerMask
+from sparse_gpt.topology.methods.drop_grow import drop_and_grow
 from sparse_gpt.topology.random import RandomKey
 from sparse_gpt.topology.select import select_top
-from sparse_gpt.topology.units import BlockUnits, UnitSet
+from sparse_gpt.topology.structure import BlockStructure
+from sparse_gpt.topology.units import BlockUnits, LayerPart, UnitSet
 from tests.topology.accelerator import THERE, pretending
 from tests.topology.selections import KINDS, count, many_layers, tuned
 
@@ -172,3 +175,32 @@ def test_block_units(score, whole_model):
     with pretending():
         for mine, theirs in zip(wanted, best(THERE), strict=True):
             assert torch.equal(mine.data, theirs.data.cpu())
+
+
+@pytest.mark.parametrize("structure", [(2, 4, True), (2, 8, True), (2, 4, False), None])
+def test_groups(structure):
+    """Growth from nothing, and of tiles and groups that lost some."""
+    made = BlockStructure(balanced=True)
+    if structure is not None:
+        made = BlockStructure(n_m=structure[:2], transposable=structure[2])
+    shape, generator = (16, 24), torch.Generator().manual_seed(1)
+    count = 16 * 24 // (2 if structure is None else structure[1] // structure[0])
+    groups = made.groups(shape, count)
+    assert groups is not None
+    values = [torch.randn(16 * 24, generator=generator) for _ in range(2)]
+
+    def grown(device):
+        part = LayerPart(0, *(v.to(device) for v in values))
+        units = GroupedUnits(["h"], [part], lambda v: v, (1, 2), [groups])
+        nothing = UnitSet([Bits.empty(16 * 24, device)], [0], [16 * 24])
+        active = units.pattern("random", ~nothing, [count])
+        assert active.parts[0].data.device == device
+        new = drop_and_grow(units, active, 0.5, "largest gradient")
+        return [units.parts[0].flags().cpu() for units in (active, new)]
+
+    here = grown(torch.device("cpu"))
+    with pretending():
+        there = grown(THERE)
+    for mine, theirs in zip(here, there, strict=True):
+        assert torch.equal(mine, theirs)
+    assert not torch.equal(*here)

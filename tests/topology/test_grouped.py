@@ -287,3 +287,15 @@ def test_a_pattern_of_some_units_is_refused():
     (units,) = on_ranks(1, made.units)
     with pytest.raises(RuntimeError, match="from all units"):
         units.pattern("random", made.set_of(0, made.drawn()), made.counts)
+
+
+@pytest.mark.parametrize("kind", ["rows", "2:4", "2:4T", "3:8T"])
+def test_what_grows_is_none_of_what_was_kept(kind):
+    made = as_layers([(kind, (8, 16))], random.Random(6), 1)
+    active = made.set_of(0, made.drawn())
+    (units,) = on_ranks(1, made.units)
+    counts = [active.sizes[0] // 2]
+    kept = active - units.best("smallest magnitude", active, counts)
+    grown = units.grow("random", kept, active, counts)
+    assert grown.sizes == counts == [int(grown.parts[0].count())]
+    assert int((grown.parts[0] & kept.parts[0]).count()) == 0
