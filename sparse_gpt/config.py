@@ -435,12 +435,11 @@ class RunConfig(Section):
     def _check_width_step(self) -> None:
         """The widths come from the solver, which tries multiples of a step."""
         step = width_step(self.base_dims, self.ift.heads, self.width_multiple)
-        block = math.lcm(*self.sparsity.structure.block)
-        if step % block:
+        divisor = math.lcm(*self.sparsity.structure.divisors)
+        if step % divisor:
             raise ValueError(
                 f"ift.multiple_of: {self.ift.multiple_of} gives widths in steps of {step}, which "
-                f"blocks of {self.sparsity.structure.block} do not divide; set ift.multiple_of: "
-                f"{block}"
+                f"sparsity.structure needs {divisor} to divide; set ift.multiple_of: {divisor}"
             )
 
     def _check_blocks(self) -> None:

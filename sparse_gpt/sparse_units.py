@@ -68,6 +68,8 @@ def _solve_model(config: RunConfig, vocab_size: int) -> Solution:
     if config.ift.solve == "width":
         dims = _solve_width(config, vocab_size, budget)
     layers = _Layers(config, dims)
+    if config.sparsity.structure.n_m is not None:  # the width was all there is to choose
+        return layers.solution(layers.nominal())
     taken = sum(layers.fixed.values())
     low = taken + len(layers.free)
     high = taken + sum(layers.free.values())
@@ -83,7 +85,19 @@ def _solve_model(config: RunConfig, vocab_size: int) -> Solution:
             f"{cost(high) / budget:.4f}x the dense model's run, so it is narrower than the dense "
             "model; raise sparsity.sparsity"
         )
-    return layers.solution(layers.share(nearest(cost, budget, low, high)))
+    found = layers.solution(layers.share(nearest(cost, budget, low, high)))
+    if config.sparsity.structure.balanced == "none":
+        return found
+
+    # Layers of one shape step together there, by a unit in each of their rows; alone they come
+    # nearer.
+    def excess(solution: Solution) -> int:
+        return abs(run_cost(config, vocab_size, solution) - budget)
+
+    for name in layers.free:
+        near = [found, *layers.a_row_unit_from(found, name)]
+        found = min(near, key=excess)
+    return found
 
 
 def _solve_width(config: RunConfig, vocab_size: int, budget: int) -> Dims:
@@ -186,6 +200,13 @@ class _Layers:
     def solution(self, counts: Mapping[str, int]) -> Solution:
         units = {name: (self._in_groups(name, counts[name]), n) for name, n in self.totals.items()}
         return Solution(self.dims, units)
+
+    def a_row_unit_from(self, solution: Solution, name: str) -> list[Solution]:
+        """With a unit less, and one more, in every row of one layer, where there can be."""
+        kept, every = solution.units[name]
+        rows = self.shapes[name][0] // self.config.sparsity.structure.block[0]
+        counts = [count for count in (kept - rows, kept + rows) if rows <= count <= every]
+        return [Solution(self.dims, {**solution.units, name: (count, every)}) for count in counts]
 
     def _in_groups(self, name: str, kept: int) -> int:
         """The number of units next to `kept` that the groups of the structure can share out.

@@ -163,7 +163,7 @@ REFUSED = {
             "ift": {"member": "wide", "iso_flop": "model", "solve": "width", "multiple_of": 24},
             "sparsity__structure": {"type": "block", "block": [16, 16]},
         },
-        "steps of 24, which blocks of (16, 16) do not divide; set ift.multiple_of: 16",
+        "steps of 24, which sparsity.structure needs 16 to divide; set ift.multiple_of: 16",
     ),
     "model mode of nothing": ({"ift__iso_flop": "model"}, "set another member, e.g. wide"),
     "two sparsities": (

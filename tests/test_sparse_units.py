@@ -199,6 +199,38 @@ def test_blocks_come_as_near_as_they_can():
     assert abs(run_cost(run, VOCAB, solution) - DENSE) <= a_block / 2
 
 
+@pytest.mark.parametrize("transposable", [False, True])
+def test_n_m_is_solved_by_the_width_alone(transposable):
+    structure = {"type": "n_m", "n": 2, "m": 8, "transposable": transposable}
+    sparsity = {"sparsity": 0.75, "structure": structure}
+    run = config(sparsity, ift={**MODEL, "solve": "width"})
+    solution = solve(run, VOCAB)
+    assert solution.sparsity == Fraction(3, 4)
+    width = solution.dims["d_model"]
+    assert width % 24 == 0
+    excesses = []
+    for d in (width - 24, width, width + 24):
+        dims = {**solution.dims, "d_model": d, "d_ff": 4 * d}
+        counts = {name: out * inner // 4 for name, out, inner in shapes(dims)}
+        excesses.append(sequence_flops(dims, 1024, VOCAB, counts).total - DENSE)
+    assert run_cost(run, VOCAB, solution) - DENSE == excesses[1]
+    assert min(excesses, key=abs) == excesses[1]
+
+
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)])
+def test_balanced_rows_come_within_half_a_unit_in_each_row_of_a_layer(block):
+    structure = {"balanced": "row"}
+    if block != (1, 1):
+        structure |= {"type": "block", "block": list(block)}
+    run = config({"sparsity": 0.75, "structure": structure}, ift=MODEL)
+    solution = solve(run, VOCAB)
+    rows = solution.dims["d_model"] // block[0]
+    excess = run_cost(run, VOCAB, solution) - DENSE
+    assert abs(excess) <= 6 * 1024 * rows * block[0] * block[1] / 2
+    for name, (kept, _) in solution.units.items():
+        assert kept % (rows * (4 if "fc1" in name else 1)) == 0
+
+
 def test_no_sparsity_is_the_dense_model_in_model_mode():
     run = config({"sparsity": 0.0}, ift={**MODEL, "head": "project"})
     solution = solve(run, VOCAB)
