@@ -368,3 +368,18 @@ def test_balanced_rows_are_shared_out():
     kept, count = solve(run, VOCAB).units["h.0.mlp.fc1.weight"]
     rows = run.dims["d_ff"] // 16
     assert kept == rows * round(3072 * 768 / 512 / rows)
+
+
+@pytest.mark.parametrize("member", ["parallel", "factorized", "doped"])
+def test_members_in_n_m_have_n_of_every_m(member):
+    structure = {"type": "n_m", "n": 2, "m": 4}
+    run = config({"sparsity": 0.5, "structure": structure}, ift={"member": member})
+    units = solve(run, VOCAB).units
+    assert all(4 * kept == 2 * every for kept, every in units.values())
+    assert run.transform is not None
+    if member != "parallel":
+        assert all(size % 4 == 0 for size in run.transform.sizes.values())
+    active = {name: kept for name, (kept, _) in units.items()}
+    # Counts are given, so that an inner width that was rounded to m is not paid back.
+    excess = residual(run.base_dims, run.dims, active, run.transform)["all"].excess
+    assert abs(excess) < Fraction(1, 1000)

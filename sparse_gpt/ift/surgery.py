@@ -108,14 +108,7 @@ def transform(
             macs = layer.weight.numel()
             reports.append(LayerReport(name, "dense", macs, macs, macs, reason=reason))
             continue
-        sigmas = CONV_SIGMAS if isinstance(layer, nn.Conv2d) else SIGMAS
-        if non_linearity not in sigmas:
-            raise UserError(
-                f"non_linearity {non_linearity!r}: {name} takes one of {', '.join(sigmas)}"
-            )
-        made, report = _transformed(
-            name, layer, member, sparsity, sigmas[non_linearity], block, seed
-        )
+        made, report = transformed(name, layer, member, sparsity, non_linearity, block, seed)
         replacements[name] = made
         reports.append(report)
     for name, made in replacements.items():
@@ -199,17 +192,23 @@ def drawn(seed: int, name: str, shape: tuple[int, ...], std: float, like: Tensor
     return values.to(like)
 
 
-def _transformed(
+def transformed(
     name: str,
     layer: Layer,
     member: str,
     sparsity: float,
-    sigma: NonLinearity,
+    non_linearity: str,
     block: tuple[int, int],
     seed: int,
+    base_shape: tuple[int, int] | None = None,
 ) -> tuple[nn.Module, LayerReport]:
+    """A layer in a member's form; `base_shape` as for `forms.solve_size`."""
+    sigmas = CONV_SIGMAS if isinstance(layer, nn.Conv2d) else SIGMAS
+    if non_linearity not in sigmas:
+        raise UserError(f"non_linearity {non_linearity!r}: {name} takes one of {', '.join(sigmas)}")
+    sigma = sigmas[non_linearity]
     shape, block_size = matrix_shape(layer), math.prod(block)
-    size = solve_size(member, sparsity, shape, multiple_of=math.lcm(*block))
+    size = solve_size(member, sparsity, shape, base_shape, math.lcm(*block))
     weights = layer_weights(member, size, shape)
     units: dict[str, int] = {}
     if sparsity:
@@ -243,4 +242,4 @@ def _transformed(
     made.train(layer.training).to(own.device)
     active = sum(units[n] * block_size if n in units else w.numel for n, w in weights.items())
     numel = sum(weight.numel for weight in weights.values())
-    return made, LayerReport(name, member, math.prod(shape), active, numel, size)
+    return made, LayerReport(name, member, math.prod(base_shape or shape), active, numel, size)

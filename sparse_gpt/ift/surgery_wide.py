@@ -35,6 +35,7 @@ from sparse_gpt.ift.surgery import (
     matrix_shape,
     scale_of,
     set_submodule,
+    transformed,
 )
 from sparse_gpt.ift.wide import exact, nearest_multiple
 
@@ -67,9 +68,66 @@ def widen(
     ratio = exact(sparsity)
     if not 0 <= ratio < 1:
         raise UserError(f"sparsity {sparsity} is not in [0, 1)")
-    dense = layers_of(module).keys() - choose(module, ("*",), keep_dense)
+    dense = _dense_layers(module, keep_dense)
+
+    def make(name: str, layer: Layer, inner: int, out: int) -> tuple[nn.Module, LayerReport]:
+        return _wide(name, layer, inner, out, seed, None if name in dense else block)
+
+    if ratio == 0:
+        sizes = {name: layer.weight.numel() for name, layer in layers_of(module).items()}
+        return Report(tuple(LayerReport(name, "wide", n, n, n) for name, n in sizes.items()))
+    return _change_widths(module, ratio, example, first, last, multiple_of, make)
+
+
+def widen_low_rank(
+    module: nn.Module,
+    k_lr: float,
+    *example: Any,
+    non_linearity: str = "relu",
+    first: Sequence[str] | None = None,
+    last: Sequence[str] | None = None,
+    keep_dense: Sequence[str] = (),
+    multiple_of: int = 1,
+    seed: int = 0,
+) -> Report:
+    """Widen a network by k_lr and give its layers the form of Low Rank, dense (App. C.3.3).
+
+    The rank is that at which a layer has the FLOPs of the one before. Layers of `keep_dense` and
+    depthwise convolutions are widened alone. Everything else as `widen`.
+    """
+    if not k_lr >= 1:
+        raise UserError(f"k_lr {k_lr} is not 1 or more")
+    dense = _dense_layers(module, keep_dense)
+
+    def make(name: str, layer: Layer, inner: int, out: int) -> tuple[nn.Module, LayerReport]:
+        made, report = _wide(name, layer, inner, out, seed, None)
+        if name in dense or is_depthwise(layer):
+            return made, report
+        return transformed(
+            name, made, "low_rank", 0.0, non_linearity, (1, 1), seed, matrix_shape(layer)
+        )
+
+    ratio = 1 - 1 / exact(k_lr) ** 2
+    return _change_widths(module, ratio, example, first, last, multiple_of, make)
+
+
+def _dense_layers(module: nn.Module, keep_dense: Sequence[str]) -> set[str]:
+    """Names of the layers that keep all weights; refuses what cannot be widened."""
     choose(module, ("*",), ())  # no weight may be used twice, dense ones included
     _check_parts(module)
+    return layers_of(module).keys() - choose(module, ("*",), keep_dense)
+
+
+def _change_widths(
+    module: nn.Module,
+    ratio: Fraction,
+    example: tuple[Any, ...],
+    first: Sequence[str] | None,
+    last: Sequence[str] | None,
+    multiple_of: int,
+    make: Callable[[str, Layer, int, int], tuple[nn.Module, LayerReport]],
+) -> Report:
+    """Put `make(name, layer, in, out)` in the place of every layer, and norms of those widths."""
     order, shapes = _run(module, example)
     if not order:
         raise UserError("the network ran no linear layer or convolution on the example")
@@ -78,9 +136,6 @@ def widen(
         for name in names:
             if name not in layers_of(module):
                 raise UserError(f"{key}: {name!r} is no linear layer or convolution")
-    if ratio == 0:
-        sizes = {name: layer.weight.numel() for name, layer in layers_of(module).items()}
-        return Report(tuple(LayerReport(name, "wide", n, n, n) for name, n in sizes.items()))
 
     def wide(width: int) -> int:
         return nearest_multiple(width, ratio, multiple_of)
@@ -89,14 +144,8 @@ def widen(
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             rows, columns = _features(part)
-            made, report = _wide(
-                name,
-                part,
-                columns if name in ends["first"] else wide(columns),
-                rows if name in ends["last"] else wide(rows),
-                seed,
-                None if name in dense else block,
-            )
+            inner = columns if name in ends["first"] else wide(columns)
+            made, report = make(name, part, inner, rows if name in ends["last"] else wide(rows))
             reports.append(report)
         elif isinstance(part, Norm):
             made = _wide_norm(name, part, wide)
@@ -194,7 +243,7 @@ def _wide(
     out: int,
     seed: int,
     block: tuple[int, int] | None,
-) -> tuple[nn.Module, LayerReport]:
+) -> tuple[MaskedLinear | MaskedConv2d, LayerReport]:
     """The layer at other widths with its own number of active weights; dense without `block`."""
     own, options = layer.weight.detach(), {}
     shape: tuple[int, ...] = (out, inner)
@@ -222,7 +271,7 @@ def _wide(
     bias = None
     if layer.bias is not None:
         bias = nn.Parameter(layer.bias.detach().mean().expand(out).clone())
-    made: nn.Module = (
+    made = (
         MaskedLinear(values, mask, bias)
         if isinstance(layer, nn.Linear)
         else MaskedConv2d(values, mask, bias, **options)

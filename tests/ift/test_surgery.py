@@ -215,6 +215,13 @@ def test_grouped_convolutions_have_branches_alone():
     assert report["depthwise"].reason == "3 groups, whose factors would mix them"
 
 
+def test_each_layer_stays_in_its_mode():
+    model = network()
+    model.layer1.eval()
+    transform(model, "parallel", 0.5, non_linearity="batchnorm_relu", keep_dense=["fc"])
+    assert not model.layer1.conv1.sigma[0][0].training and model.conv1.sigma[0][0].training
+
+
 def test_new_weights_have_the_scale_of_the_layers_own():
     model = nn.Sequential(nn.Linear(400, 300))
     nn.init.normal_(model[0].weight, std=0.05)

@@ -6,7 +6,7 @@ from torch import nn
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.ift.masked import MaskedConv2d, MaskedLinear, count_flops
-from sparse_gpt.ift.surgery_wide import wide_layer, widen
+from sparse_gpt.ift.surgery_wide import wide_layer, widen, widen_low_rank
 from tests.ift.networks import Separable, SmallResNet, images
 
 
@@ -157,6 +157,33 @@ def test_what_cannot_be_widened():
     idle[0].add_module("unused", nn.Linear(3, 3))
     with pytest.raises(UserError, match="ran no linear layer"):
         widen(idle, 0.5, images(1))
+
+
+@pytest.mark.parametrize("k_lr", [1.0, 1.41, 2.0])
+def test_low_rank_at_every_width(k_lr):
+    """App. C.3.3 and Table 10's widths: the dense network's FLOPs to the rounding of the ranks."""
+    model = network()
+    report = widen_low_rank(
+        model, k_lr, images(1), non_linearity="batchnorm_relu", keep_dense=["fc"]
+    )
+    assert model.layer2.conv2.v.weight.shape[0] == round(16 * k_lr)
+    assert model(images()).shape == (3, 5)
+    for r in report.layers[:-1]:
+        made = model.get_submodule(r.name)
+        rows, inner = made.v.weight.shape[0], made.u.weight[0].numel()
+        assert made.u.mask is None and made.u.weight.shape[0] == r.size
+        assert r.macs == r.size * (rows + inner)
+        assert r.size == 1 or abs(r.macs - r.base_macs) <= (rows + inner) / 2
+    dense = report.layers[-1]
+    assert (dense.member, dense.size, dense.macs) == ("wide", None, 5 * round(16 * k_lr))
+
+
+def test_low_rank_leaves_depthwise_convolutions_their_form():
+    model = network(Separable)
+    report = {r.name: r for r in widen_low_rank(model, 2.0, images(1)).layers}
+    assert report["depthwise"].member == "wide" and model.depthwise.mask is None
+    with pytest.raises(UserError, match=r"k_lr 0\.5 is not 1 or more"):
+        widen_low_rank(model, 0.5, images(1))
 
 
 def test_one_layer():
