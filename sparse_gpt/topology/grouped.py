@@ -32,6 +32,8 @@ class _Grouped(Units):
     groups: Sequence[Groups]
 
     def pattern(self, score: Score, of: UnitSet, counts: Sequence[int]) -> UnitSet:
+        if of.sizes == list(counts):  # all of them, as in a dense phase
+            return of
         if of.sizes != of.totals:
             raise RuntimeError("a pattern of groups is chosen from all units, not from some: a bug")
         nothing = ~of
@@ -51,7 +53,9 @@ class _Grouped(Units):
         return [
             name
             for i, (name, groups) in enumerate(zip(self.names, self.groups, strict=True))
-            if not _has_quota(self._whole(i, active), groups)
+            # A layer that is dense for a while has all its units.
+            if active.sizes[i] != active.totals[i]
+            and not _has_quota(self._whole(i, active), groups)
         ]
 
     @abstractmethod

@@ -299,3 +299,13 @@ def test_what_grows_is_none_of_what_was_kept(kind):
     grown = units.grow("random", kept, active, counts)
     assert grown.sizes == counts == [int(grown.parts[0].count())]
     assert int((grown.parts[0] & kept.parts[0]).count()) == 0
+
+
+@pytest.mark.parametrize("kind", ["rows", "2:4T"])
+def test_a_dense_phase_has_all_units(kind):
+    made = as_layers([(kind, (8, 8))], random.Random(7), 1)
+    everything = made.set_of(0, [torch.ones(64, dtype=torch.bool)])
+    (units,) = on_ranks(1, made.units)
+    dense = units.pattern("random", everything, [64])
+    assert (dense.sizes, int(dense.parts[0].count())) == ([64], 64)
+    assert units.misfits(dense) == []
