@@ -57,7 +57,8 @@ class IFTConfig(Section):
     `wide` widens the model; `parallel`, `factorized`, `doped` and `low_rank` give the layers that
     `sparsity.param_filter` names another form (see `ift.forms`). `low_rank` has dense weights in a
     model `k_lr` times as wide. `non_linearity` is the sigma of these forms; relu is the paper's
-    (section 3, App. C.2, there behind a BatchNorm).
+    (section 3, App. C.2, there behind a BatchNorm). `sizes`: their branches or inner widths by
+    layer (h.0.attn.q, ...), where they are not to be solved from the sparsity.
 
     `iso_flop: layer` keeps each sparsified layer's FLOPs (the papers' GPT rows). `model` makes the
     whole run cost what the dense model's costs (App. A.2): with `solve: sparsity` at the width of
@@ -71,8 +72,7 @@ class IFTConfig(Section):
     non_linearity: Literal["identity", "relu", "gelu"] | None = None  # default: relu
     k_lr: Annotated[float, Field(ge=1.0)] = 1.0
     keep_dense: tuple[str, ...] = ()  # layers of param_filter that stay plain and dense
-    sizes: dict[str, Annotated[int, Field(ge=0)]] | None = None  # branches or inner widths by
-    # layer (h.0.attn.q, ...); default: solved from the sparsity
+    sizes: dict[str, Annotated[int, Field(ge=0)]] | None = None
     iso_flop: Literal["layer", "model"] = "layer"
     solve: Literal["sparsity", "width"] = "sparsity"
     heads: Literal["keep", "fixed_d_head"] = "keep"

@@ -219,6 +219,13 @@ def test_the_shipped_runs_in_model_mode(name, solved):
     assert (result.sparsity, round(result.achieved_sparsity, 6)) == (0.75, solved)
 
 
+def test_the_shipped_parallel_run_costs_what_the_dense_one_costs():
+    run = load_config(ROOT / "configs/pretrain/gpt3_125m_parallel75_set.yaml")
+    result = plan(run, VOCAB, 8)
+    assert result.flops_total == result.base_flops_total
+    assert (result.active_parameters, result.sparse_layers) == (result.base_parameters, 4 * 72)
+
+
 def test_model_mode_says_how_near_blocks_come():
     block = {"type": "block", "block": [64, 64]}
     changes = {
