@@ -163,8 +163,8 @@ def build(args: argparse.Namespace, device: Any) -> tuple[Any, Any, dict[str, An
     layers = {name: model.sparse_layers()[name] for name in units}
     controllers = {
         method: TopologyController(
-            layers, units, BlockStructure(), METHODS[method],
-            UpdateSchedule(UPDATE_EVERY, 10**9), 0, shards,
+            layers, units, BlockStructure(), METHODS[method](UpdateSchedule(UPDATE_EVERY, 10**9)),
+            0, shards,
         )
         for method in ("set", "rigl")
     }  # fmt: skip
@@ -184,7 +184,7 @@ def measure_method(
     from benchmarks.traffic import counted_traffic
 
     layers, device = len(controller.layers), controller.shards.device
-    fraction = controller.schedule.drop_fraction(UPDATE_EVERY)
+    fraction = controller.method.schedule.drop_fraction(UPDATE_EVERY)
     stepper = Stepper(args, engine, optimizer, controller, device)
     stepper.step(None)  # warms everything up
 

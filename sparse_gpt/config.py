@@ -157,6 +157,60 @@ class UpdateConfig(Section):
         return self
 
 
+class GMPConfig(Section):
+    """Gradual magnitude pruning: along a cubic from `initial_sparsity`, by `update.freq`/`stop`."""
+
+    initial_sparsity: Fraction = 0.0
+
+
+class GraNetConfig(Section):
+    """GraNet: GMP's cubic with regrowth; the paper starts at half density."""
+
+    initial_sparsity: Fraction = 0.5
+
+
+class ACDCConfig(Section):
+    """AC/DC's phases, as fractions of the run (FACTS section 5); `update` is not looked at.
+
+    `dense_sparsity`: least sparsity of the dense phases (sparse decompression). `reset_moments`:
+    Adam's moments of sparse weights are zeroed at every switch.
+    """
+
+    warmup: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.10
+    phase: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    last_dense: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.10
+    last_sparse: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    dense_sparsity: Fraction = 0.0
+    reset_moments: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "ACDCConfig":
+        if self.warmup + self.phase + self.last_dense + self.last_sparse > 1.0:
+            raise ValueError("warmup, phase, last_dense and last_sparse together are more than 1")
+        return self
+
+
+class TopKASTConfig(Section):
+    """Top-KAST: sparsity of the backward set B, and strength of its L2 term."""
+
+    backward_sparsity: Fraction = 0.0
+    regulariser: Annotated[float, Field(ge=0.0)] = 1e-4
+
+
+class SearchSpacesConfig(Section):
+    """Algorithm 1 of "Search spaces": what keeps weights that do not take part from adding noise.
+
+    `fix`: no rewiring after a fraction `v` of the run; `reset`: they become 0 every `z` steps;
+    `regularize`: they lose `beta` of themselves a step. `update.freq` is how often the forward
+    set is chosen anew (the paper: every step).
+    """
+
+    exploit: Literal["fix", "reset", "regularize"] = "reset"
+    v: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    z: Positive = 1000
+    beta: Annotated[float, Field(ge=0.0, le=1.0)] = 2e-4
+
+
 PARAM_FILTER = (
     "h.*.attn.q.weight",
     "h.*.attn.k.weight",
@@ -177,7 +231,9 @@ class SparsityConfig(Section):
     """
 
     sparsity: Fraction = 0.0
-    algorithm: Literal["static", "set", "rigl"] = "static"
+    algorithm: Literal[
+        "static", "set", "rigl", "gmp", "granet", "ac_dc", "top_kast", "search_spaces"
+    ] = "static"
     structure: StructureConfig = StructureConfig()
     distribution: Literal["uniform", "erdos_renyi"] = "uniform"
     dense_first: Annotated[int, Field(ge=0)] = 0
@@ -189,6 +245,54 @@ class SparsityConfig(Section):
     storage: Literal["masked"] = "masked"
     kernel: Literal["auto", "masked", "reference"] = "auto"
     growth_score: Literal["exact"] = "exact"
+    powerpropagation: Annotated[float, Field(ge=1.0)] = 1.0  # alpha of w = theta |theta|^(alpha-1)
+    # What single methods need besides.
+    gmp: GMPConfig = GMPConfig()
+    granet: GraNetConfig = GraNetConfig()
+    ac_dc: ACDCConfig = ACDCConfig()
+    top_kast: TopKASTConfig = TopKASTConfig()
+    search_spaces: SearchSpacesConfig = SearchSpacesConfig()
+
+    @model_validator(mode="after")
+    def _check_method(self) -> "SparsityConfig":
+        for key in ("gmp", "granet", "ac_dc", "top_kast", "search_spaces"):
+            section = getattr(self, key)
+            if key != self.algorithm and section != type(section)():
+                raise ValueError(f"{key} is set, but algorithm is {self.algorithm}")
+        for name in ("gmp", "granet"):
+            first = getattr(self, name).initial_sparsity
+            if self.algorithm == name and first > self.sparsity:
+                raise ValueError(
+                    f"{name}.initial_sparsity {first} is more than sparsity {self.sparsity}"
+                )
+        for name, key in (("ac_dc", "dense_sparsity"), ("top_kast", "backward_sparsity")):
+            larger = getattr(getattr(self, name), key)
+            if self.algorithm == name and larger > self.sparsity:
+                raise ValueError(f"{name}.{key} {larger} is more than sparsity {self.sparsity}")
+        if self.powerpropagation != 1.0:
+            grows = self.algorithm in ("set", "rigl", "granet", "ac_dc")
+            if grows or (self.algorithm == "search_spaces" and self.search_spaces.exploit != "fix"):
+                raise ValueError(
+                    f"powerpropagation: weights that {self.algorithm} grows from 0, or sets to 0, "
+                    "would have no gradient and stay there; use static, gmp, top_kast, or "
+                    "search_spaces with exploit: fix"
+                )
+            if self.structure.type == "block":
+                raise ValueError("powerpropagation: blocks are scored by parameters, not weights")
+        grouped = self.structure.n_m is not None or self.structure.balanced != "none"
+        phased = self.algorithm == "ac_dc" and self.ac_dc.dense_sparsity
+        if grouped and (self.algorithm in ("gmp", "granet", "top_kast") or phased):
+            raise ValueError(
+                f"algorithm: {self.algorithm}: in this structure every group keeps its number, but "
+                "the method has sets of other numbers; use static, set, rigl, ac_dc with "
+                "dense_sparsity: 0 or search_spaces, or structure.type: unstructured or block"
+            )
+        if self.update.mode == "replace" and self.algorithm not in ("set", "rigl"):
+            raise ValueError(
+                f"update.mode: replace is RigL's and SET's; {self.algorithm} updates its weights "
+                "in every step: set update.mode: follow"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_structure(self) -> "SparsityConfig":
@@ -357,6 +461,11 @@ class RunConfig(Section):
         if self.model.n_positions and self.seq_len > self.model.n_positions:
             raise ValueError(
                 f"seq_len {self.seq_len} is longer than model.n_positions {self.model.n_positions}"
+            )
+        if self.sparsity.algorithm == "top_kast" and self.optimizer.weight_decay:
+            raise ValueError(
+                "sparsity.algorithm: top_kast regularises by sparsity.top_kast.regulariser, and "
+                "weight decay would move weights it does not train; set optimizer.weight_decay: 0"
             )
         _ = self.dims
         self._check_ift()

@@ -44,11 +44,18 @@ def _where(node: yaml.Node) -> str:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+
+
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes text which `_Loader` would read as a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
 
 
 def parse_yaml(text: str, where: str) -> Any:
@@ -182,4 +189,5 @@ def _inner(annotation: Any) -> Any:
 
 def dump_yaml(config: BaseModel) -> str:
     """The resolved configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False)
+    tree = json.loads(config.model_dump_json())
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)

@@ -13,10 +13,10 @@ from sparse_gpt.ift.iso_flop import Residual, residual
 from sparse_gpt.memory import StageMemory, activation_bytes, by_stage
 from sparse_gpt.model.flops import FlopsLedger, linear_weights, sequence_flops
 from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.run_method import method_of
 from sparse_gpt.run_phases import topology_updates
 from sparse_gpt.sparse_units import base_cost, run_cost, solve
 from sparse_gpt.topology.cost import UpdateCost, update_cost
-from sparse_gpt.topology.methods import METHODS
 
 SUB_GROUP = 10**9  # elements of a rank that DeepSpeed steps at once at stage 3
 
@@ -25,8 +25,9 @@ SUB_GROUP = 10**9  # elements of a rank that DeepSpeed steps at once at stage 3
 class Plan:
     """Exact integers; FLOPs are forward and backward as Table 17 counts them, memory in bytes.
 
-    `flops_total` is what the ledger of the run will show at its end: the sparse products, and
-    the dense weight gradients of RigL's updates. `base_*` is the dense base model on the same
+    `flops_total` is what the ledger of the run will show at its end: the products of the weights
+    active in each step, and dense weight gradients where the method asks for them. Other figures
+    are those of the model at its final sparsity. `base_*` is the dense base model on the same
     tokens, `masked_*` what the masked kernel computes: every product in full.
     """
 
@@ -183,7 +184,7 @@ def _update_cost(
     if stage == 3 and not whole_model:
         batches = -(-sum(weights) // ranks // SUB_GROUP)
     return update_cost(
-        METHODS[config.sparsity.algorithm],
+        method_of(config, world_size),
         weights,
         block,
         parameters,

@@ -4,25 +4,39 @@ from collections.abc import Iterable
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.model.run_flops import Phase
-from sparse_gpt.topology.methods import METHODS
+from sparse_gpt.run_method import method_of
 
 
 def topology_updates(config: RunConfig, world_size: int) -> int:
     """Steps of the run in which the topology changes."""
-    if not METHODS[config.sparsity.algorithm].dynamic:
-        return 0
-    last = min(config.update_stop(world_size) - 1, config.total_steps(world_size))
-    return max(0, last) // config.sparsity.update.freq
+    method = method_of(config, world_size)
+    return sum(map(method.is_update, range(1, config.total_steps(world_size) + 1)))
 
 
 def phases(config: RunConfig, units: Iterable[tuple[int, int]], world_size: int) -> list[Phase]:
-    """The steps of a run, those together that cost the same.
+    """Consecutive steps of a run that cost the same, if all of them are finite.
 
-    `units`: (kept, all) weights or blocks of every sparse layer.
+    `units`: (kept, all) weights or blocks of every layer that can be sparse; one that keeps all
+    is dense.
     """
-    pairs, size = list(units), config.block_size
-    kept, total = size * sum(k for k, _ in pairs), size * sum(n for _, n in pairs)
-    steps, dense = config.total_steps(world_size), 0
-    if METHODS[config.sparsity.algorithm].growth == "gradient":
-        dense = topology_updates(config, world_size)
-    return [Phase(steps - dense, kept, kept), Phase(dense, kept, total)]
+    method, size, pairs = method_of(config, world_size), config.block_size, list(units)
+    dense = sum(every for kept, every in pairs if kept == every)
+    layers = [(kept, every) for kept, every in pairs if kept < every]
+    model = [tuple(map(sum, zip(*layers)))] if config.sparsity.update.scope == "model" else layers
+    found: list[Phase] = []
+    active = trained = 0
+    for step in range(1, config.total_steps(world_size) + 1):
+        moved = method.is_update(step - 1) or method.trains(step) != method.trains(step - 1)
+        if step == 1 or moved:
+            # The first topology is made a layer at a time.
+            of = layers if step == 1 else model
+            active = sum(method.active_after(step - 1, *pair) for pair in of)
+            trained = sum(method.trained_after(step - 1, *pair) for pair in of)
+        in_full = method.needs_dense_gradient(step)
+        gradient = sum(every for _, every in layers) if in_full else trained
+        each = size * (dense + active), size * (dense + gradient)
+        if found and (found[-1].active, found[-1].gradient) == each:
+            found[-1] = Phase(found[-1].steps + 1, *each)
+        else:
+            found.append(Phase(1, *each))
+    return found

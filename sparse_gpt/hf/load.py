@@ -132,7 +132,7 @@ class ImportedWeights:
         """No sparse layers: a folder holds a dense model."""
         return {}
 
-    def mask(self, name: str, start: int, count: int) -> Tensor:
+    def mask(self, name: str, start: int, count: int, trained: bool = False) -> Tensor:
         """There is none; raises `KeyError`."""
         raise KeyError(name)
 

@@ -163,11 +163,14 @@ class FlopsLedger:
 
     `active` counts the sparse products only, `dense` what the masked kernel computes: every
     product in full. `dense_gradient` is the extra of one sequence on a dense-gradient step.
+    `seq_len` in tokens, `sparse` weights in the layers that can be sparse.
     """
 
     active: SequenceFlops
     dense: SequenceFlops
-    dense_gradient: int = 0
+    dense_gradient: int
+    seq_len: int
+    sparse: int
 
     @classmethod
     def of(
@@ -179,23 +182,20 @@ class FlopsLedger:
         transform: Transform | None = None,
     ) -> "FlopsLedger":
         """The ledger of a model; `active` and `transform` as for `sequence_flops`."""
+        weights = linear_weights(dims, transform)
         return cls(
             active=sequence_flops(dims, seq_len, vocab_size, active, transform),
             dense=sequence_flops(dims, seq_len, vocab_size, None, transform),
             dense_gradient=dense_gradient_extra(dims, seq_len, active or {}, transform),
+            seq_len=seq_len,
+            sparse=sum(weights[name].numel for name in active or {}),
         )
 
-    def step(self, sequences: int, kind: str = "sparse") -> int:
-        """Active FLOPs of a training step of `sequences` sequences.
-
-        `kind`: `sparse`, `dense_gradient` (sparse products, dense dW) or `dense` (a dense phase).
-        """
-        each = {
-            "sparse": self.active.total,
-            "dense_gradient": self.active.total + self.dense_gradient,
-            "dense": self.dense.total,
-        }[kind]
-        return sequences * each
+    def sequence(self, active: int, trained: int) -> int:
+        """FLOPs of one sequence with so many active weights in the sparse layers, and gradients
+        of so many: forward and dX are 2 S per active weight, dW is 2 S per trained one."""
+        sparse = 2 * active + trained - 3 * self.sparse
+        return self.dense.total + 2 * self.seq_len * sparse
 
 
 def steps_for_tokens(tokens: int, batch: int, seq_len: int) -> int:

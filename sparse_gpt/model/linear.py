@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_gpt.ops import KERNELS, Kernel, Pattern
+from sparse_gpt.ops import KERNELS, Kernel, Pattern, power
 
 
 class SparseLinear(nn.Module):
@@ -24,15 +24,17 @@ class SparseLinear(nn.Module):
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.pattern: Pattern | None = None
         self.dense_grad = False
+        self.alpha = 1.0  # Powerpropagation: the weight is a power of the parameter
         self.kernel: Kernel = KERNELS["masked"]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bias`: of the layer this one is a part of, where it has none of its own."""
         bias = self.bias if bias is None else bias
+        weight = power(self.weight, self.alpha)
         if self.pattern is None:
-            return F.linear(x, self.weight, bias)
+            return F.linear(x, weight, bias)
         grad = "dense" if self.dense_grad else "active"
-        return self.kernel(x, self.weight, bias, self.pattern, grad)
+        return self.kernel(x, weight, bias, self.pattern, grad)
 
     def extra_repr(self) -> str:
         block = None if self.pattern is None else self.pattern.block

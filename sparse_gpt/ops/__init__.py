@@ -2,5 +2,6 @@
 
 from sparse_gpt.ops.dispatch import KERNELS, Kernel, resolve_kernel
 from sparse_gpt.ops.pattern import Pattern
+from sparse_gpt.ops.power import inverse_power, power
 
-__all__ = ["KERNELS", "Kernel", "Pattern", "resolve_kernel"]
+__all__ = ["KERNELS", "Kernel", "Pattern", "inverse_power", "power", "resolve_kernel"]

@@ -11,28 +11,27 @@ On a step that grows by gradient Adam runs on the dense gradient. What that leav
 is zeroed right after, and its arithmetic is per weight, so the trained weights do not notice; in
 return no gradient has to be kept, and masks never travel: DeepSpeed sends the weights anyway.
 
-For static, SET and RigL the forward set A, the trained set B and the stored set C are the same.
+Where a method's three sets differ (`methods/base.py`), `masks` are the forward set A and `trained`
+the trained set B; weights outside A keep their values if it stores all, and layers then get A as
+their pattern.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import Pattern
+from sparse_gpt.topology import agreement
 from sparse_gpt.topology.bits import Bits, chunks
 from sparse_gpt.topology.block_scores import block_scores
 from sparse_gpt.topology.grouped import GroupedBlocks, GroupedUnits
 from sparse_gpt.topology.masks import LayerMask
-from sparse_gpt.topology.methods import Method
-from sparse_gpt.topology.random import RandomKey
-from sparse_gpt.topology.schedule import UpdateSchedule
+from sparse_gpt.topology.methods import Method, Sets
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
 from sparse_gpt.topology.units import BlockUnits, LayerPart, ShardedUnits, Units, UnitSet
@@ -57,19 +56,20 @@ class UpdateReport:
 class SavedMasks(Protocol):
     """Where masks are read from: a checkpoint."""
 
-    def mask(self, name: str, start: int, count: int) -> Tensor:
-        """bool `[count]`: units `start .. start + count - 1` of a layer's mask."""
+    def mask(self, name: str, start: int, count: int, trained: bool = False) -> Tensor:
+        """bool `[count]`: units `start .. start + count - 1` of a layer's A, or of its B."""
         ...
 
 
 class TopologyController:
     """The topology of every sparse layer of a model, over whatever shards it lives in.
 
-    `layers`: sparse layers by the name of their weight. `units`: active units of each at the
-    start, whose masks are random or `saved`. Masters are masked; `Shards.push_masters` is left to
-    the caller. `whole_model`: updates compare units across layers. `hold_step`: whether an update
-    replaces the optimizer step (RigL as published) or follows it. `show_patterns`: whether the
-    layers' kernels need to see the pattern; a dense product over zeros does not.
+    `layers`: sparse layers by the name of their weight. `units`: active units of each when the
+    method is done. The first topology is the method's, or `saved`. Masters are masked;
+    `Shards.push_masters` is left to the caller. `whole_model`: updates compare units across
+    layers. `hold_step`: whether an update replaces the optimizer step (RigL as published) or
+    follows it. `show_patterns`: whether the layers' kernels need to see the pattern; a dense
+    product over zeros does not.
     """
 
     def __init__(
@@ -78,7 +78,6 @@ class TopologyController:
         units: dict[str, int],
         structure: BlockStructure,
         method: Method,
-        schedule: UpdateSchedule,
         seed: int,
         shards: Shards,
         saved: SavedMasks | None = None,
@@ -87,11 +86,12 @@ class TopologyController:
         show_patterns: bool = False,
     ) -> None:
         self.layers, self.structure, self.method = layers, structure, method
-        self.schedule, self.seed, self.shards = schedule, seed, shards
+        self.targets, self.seed, self.shards = units, seed, shards
         self.whole_model, self.replaces_step = whole_model, hold_step
-        self.show_patterns = show_patterns
+        self.show_patterns = show_patterns or method.stores_all
         self.masks: dict[str, LayerMask] = {}
         self._groups = {n: structure.groups(_matrix(shards, n), units[n]) for n in layers}
+        self.trained: dict[str, LayerMask] = {}  # B, where it is neither A nor everything
         self._batches = [[n for n in batch if n in layers] for batch in shards.batches()]
         if whole_model and sum(map(bool, self._batches)) > 1:
             raise RuntimeError("the layers of one selection are in several optimizer steps: a bug")
@@ -99,55 +99,84 @@ class TopologyController:
         self._report: UpdateReport | None = None
         self._dense_gradients = False
         if saved is None:
-            self._draw(units)
+            self._draw()
         else:
             self.load(self.read(saved), units)
 
-    def _draw(self, counts: dict[str, int]) -> None:
-        """The first topology: random masks of exact counts, from (seed, layer name)."""
+    def _draw(self) -> None:
+        """The first topology, from (seed, layer name), or from the first weights."""
         names = list(self.layers)
-        empty = {name: self._empty_mask(name) for name in names}
-        units = self._units(names, 0, scored=False, whole_model=False)
-        nothing = UnitSet(
-            [empty[n].bits for n in names], [0] * len(names), [empty[n].units for n in names]
-        )
-        drawn = units.pattern("random", ~nothing, [counts[name] for name in names])
-        self.masks = empty
-        self._install(names, drawn)
+        self.masks = {name: self._empty_mask(name) for name in names}
+        if not names:
+            return
+        # Random units are drawn a layer at a time: nothing compares layers yet.
+        compares = self.method.stores_all
+        units = self._units(names, 0, compares, compares and self.whole_model)
+        empty = [self.masks[name] for name in names]
+        nothing = UnitSet([m.bits for m in empty], [0] * len(names), [m.units for m in empty])
+        counts = [
+            self.method.active_after(0, self.targets[name], mask.units)
+            for name, mask in self.masks.items()
+        ]
+        counts = [sum(counts)] if units.whole_model else counts
+        self._install(names, self.method.start(units, ~nothing, counts))
 
-    def read(self, saved: SavedMasks) -> dict[str, Bits]:
-        """What this rank holds of saved masks. Changes nothing; no collective."""
+    def read(self, saved: SavedMasks, trained: bool = False) -> dict[str, Bits]:
+        """What this rank holds of saved masks, A or B. Changes nothing; no collective."""
         read = {}
         for name in self.layers:
             mask = self._empty_mask(name)
-            flags = saved.mask(name, mask.start, mask.bits.numel)
+            flags = saved.mask(name, mask.start, mask.bits.numel, trained)
             read[name] = Bits.of(flags).to(self.shards.state_device)
         return read
 
-    def load(self, read: dict[str, Bits], counts: dict[str, int]) -> None:
+    @property
+    def keeps_trained(self) -> bool:
+        """Whether B is a set of its own, which is saved and loaded beside A."""
+        return bool(self.layers) and self.method.trains(1) == "more"
+
+    def load(
+        self,
+        read: dict[str, Bits],
+        counts: dict[str, int],
+        trained: tuple[dict[str, Bits], dict[str, int]] | None = None,
+    ) -> None:
         """Replace the topology by one that was read, with its number of active units.
 
-        Zeroes masters and moments outside. A collective; every rank raises `UserError` where a
-        mask has another number.
+        `trained`: the same for B, where the method has one of its own; without it every weight
+        is trained until the next update. Zeroes masters and moments outside what is stored. A
+        collective; every rank raises `UserError` where a mask has another number.
         """
         names = list(self.layers)
         self.masks = {name: self._empty_mask(name) for name in names}
         totals = [self.masks[name].units for name in names]
-        loaded = UnitSet([read[name] for name in names], [counts[n] for n in names], totals)
-        self._install(names, loaded)
-        wrong = self._wrong_counts()
+
+        def units(read: dict[str, Bits], counts: dict[str, int]) -> UnitSet:
+            return UnitSet([read[name] for name in names], [counts[n] for n in names], totals)
+
+        backward = None
+        if self.keeps_trained:
+            nothing = UnitSet([m.bits for m in self.masks.values()], [0] * len(names), totals)
+            backward = ~nothing if trained is None else units(*trained)
+        forward = units(read, counts)
+        self._install(names, Sets(forward, backward))
+        wrong = agreement.wrong_counts(self._all_masks(), self.shards)
         if wrong:
-            raise UserError(f"the saved mask of {wrong[0]} has not {counts[wrong[0]]} active units")
-        misfits = self._units(names, 0, scored=False, whole_model=False).misfits(loaded)
-        if misfits:
-            raise UserError(
-                f"the saved mask of {misfits[0]} has not the same number in every group; keep "
-                "sparsity.structure as it was"
-            )
+            raise UserError(f"the saved mask of {wrong[0]}")
+        # A dense phase has no groups.
+        if all(counts[name] == self.targets[name] for name in names):
+            units_of = self._units(names, 0, scored=False, whole_model=False)
+            if misfits := units_of.misfits(forward):
+                raise UserError(
+                    f"the saved mask of {misfits[0]} has not the same number in every group; keep "
+                    "sparsity.structure as it was"
+                )
         self.check_agreement()
 
     def zero_outside(self) -> None:
-        """Zero masters and moments outside the masks."""
+        """Zero masters and moments outside what the method stores."""
+        if self.method.stores_all:
+            return
         for name, mask in self.masks.items():
             fragment = self.shards.fragment(name)
             if fragment is not None:
@@ -164,12 +193,32 @@ class TopologyController:
         return LayerMask(shape, self.structure.block, bits, start, 0)
 
     def is_update(self, step: int) -> bool:
-        """Whether the topology changes at step t (from 1)."""
-        return self.method.dynamic and bool(self.layers) and self.schedule.is_update(step)
+        """Whether the topology changes at step t (from 1): as planned, or because a step that
+        should have brought a method to its count was not finite."""
+        return bool(self.layers) and (self.method.is_update(step) or self._is_behind(step))
+
+    def _is_behind(self, step: int) -> bool:
+        masks = self.masks.values()
+        if not self.whole_model:
+            return any(
+                self.method.is_behind(step, mask.active, self.targets[name], mask.units)
+                for name, mask in self.masks.items()
+            )
+        active, units = sum(m.active for m in masks), sum(m.units for m in masks)
+        return self.method.is_behind(step, active, sum(self.targets.values()), units)
 
     def grows_by_gradient(self, step: int) -> bool:
-        """Whether step t needs dense weight gradients."""
-        return self.is_update(step) and self.method.growth == "gradient"
+        """Whether step t needs dense weight gradients to grow by."""
+        return self.method.growth == "gradient" and self.is_update(step)
+
+    def step_weights(self, step: int) -> tuple[int, int]:
+        """Weights of sparse layers in step t: active ones, and those whose gradient it makes."""
+        active, everything = self.counts()
+        if self.grows_by_gradient(step) or self.method.trains(step) == "all":
+            return active, everything
+        if self.trained:
+            return active, sum(mask.active * mask.block_size for mask in self.trained.values())
+        return active, active
 
     def holds_step(self, step: int) -> bool:
         """Whether the optimizer step of step t is replaced by a topology update."""
@@ -177,8 +226,9 @@ class TopologyController:
 
     def begin_step(self, step: int) -> None:
         """Before the first micro-batch of step t: choose active or dense weight gradients."""
+        dense = self.grows_by_gradient(step) or self.method.trains(step) != "forward"
         for layer in self.layers.values():
-            layer.dense_grad = self.grows_by_gradient(step)
+            layer.dense_grad = dense
 
     def before_step(self, step: int) -> Tensor:
         """At the accumulation boundary: zero the gradient outside B, unless weights grow by it.
@@ -189,11 +239,29 @@ class TopologyController:
         finite = torch.ones((), dtype=torch.bool, device=self.shards.device)
         self.shards.settle()
         self._dense_gradients = self.grows_by_gradient(step)
+        everything = self._dense_gradients or self.method.trains(step) == "all"
         for name, fragment, gradient in self._gradients():
             finite &= torch.isfinite(torch.linalg.vector_norm(gradient.float())).to(finite.device)
-            if not self._dense_gradients:
-                self.masks[name].zero_outside_(gradient, fragment.start)
+            if not everything:
+                trained = self.trained.get(name, self.masks[name])
+                trained.zero_outside_(gradient, fragment.start)
+                self._regularise(name, fragment, gradient)
         return finite
+
+    def _regularise(self, name: str, fragment: Any, gradient: Tensor) -> None:
+        """Add the gradient of the method's L2 term: strength on A, strength / D on B beyond."""
+        strength = self.method.regularisation()
+        if strength == 0.0:
+            return
+        forward, backward = self.masks[name], self.trained.get(name, self.masks[name])
+        forward, backward = forward.on(gradient.device), backward.on(gradient.device)
+        density = forward.active / forward.units
+        for start, stop in chunks(gradient.numel(), gradient.device):
+            at = (fragment.start + start, fragment.start + stop)
+            inside = forward.flags(*at).float()
+            factor = strength * inside + strength / density * (backward.flags(*at) - inside)
+            master = fragment.master[start:stop].to(gradient.device)
+            gradient[start:stop].add_((factor * master).to(gradient.dtype))
 
     def _gradients(self) -> Iterator[tuple[str, Any, Tensor]]:
         for name in self.layers:
@@ -210,11 +278,14 @@ class TopologyController:
         return torch.linalg.vector_norm(gradient.float()).double() ** 2
 
     def arm(self, step: int, finite: bool, optimizer: Any) -> None:
-        """Before `engine.step` of step t: let the topology move in it, if t is a finite update."""
+        """Before `engine.step` of step t: let the topology move in it, if t is finite and due."""
         self._report, self._next_batch = None, 0
-        if finite and self.is_update(step):
+        update = finite and self.is_update(step)
+        if update:
             self._report = UpdateReport(0, 0, 0)
-            optimizer.on_stepped = lambda: self._on_stepped(step)
+        factor = self.method.outside_factor(step) if finite and self.layers else None
+        if update or factor is not None:
+            optimizer.on_stepped = lambda: self._on_stepped(step, update, factor)
 
     def after_step(self, optimizer: Any) -> UpdateReport | None:
         """After `engine.step`: what the update did, or None where there was none. A collective."""
@@ -229,30 +300,37 @@ class TopologyController:
         return report
 
     @torch.no_grad()
-    def _on_stepped(self, step: int) -> None:
-        """Move the topology of one batch of layers. A collective."""
+    def _on_stepped(self, step: int, update: bool = True, factor: float | None = None) -> None:
+        """Move the topology of one batch of layers, and what is outside it. A collective."""
         names = self._batches[self._next_batch]
         self._next_batch += 1
-        if not names:
-            return
+        if names and update:
+            self._update(names, step)
+        for name in names if factor is not None else ():
+            fragment = self.shards.fragment(name)
+            if fragment is not None:
+                self.masks[name].scale_outside_(fragment.master, fragment.start, factor or 0.0)
+
+    def _update(self, names: list[str], step: int) -> None:
         old = [self.masks[name] for name in names]
         active = UnitSet([m.bits for m in old], [m.active for m in old], [m.units for m in old])
-        fraction, index = self.schedule.drop_fraction(step), self.schedule.update_index(step)
+        index, targets = self.method.update_index(step), [self.targets[name] for name in names]
         units = self._units(names, index, scored=True, whole_model=self.whole_model)
         try:
-            new = self.method.update(units, active, fraction)
+            new = self.method.update(units, Sets(active), targets, step)
         except ValueError as error:  # on every rank
             raise UserError(
                 f"step {step}: {error}; a weight became infinite or NaN in it. Lower optimizer.lr"
             ) from error
-        grown = torch.stack([(n - o).count() for n, o in zip(new.parts, active.parts)])
+        now = new.sets.forward
+        grown = torch.stack([(n - o).count() for n, o in zip(now.parts, active.parts)])
         if self.structure.unstructured:
             grown = self.shards.sum_over_ranks(grown)
-        self._install(names, new, old)
+        self._install(names, new.sets, old, self.method.resets_moments(step))
         assert self._report is not None
         self._report = UpdateReport(
-            self._report.active + sum(new.sizes),
-            self._report.dropped + sum(units.share(active, fraction)),
+            self._report.active + sum(now.sizes),
+            self._report.dropped + new.dropped,
             self._report.replaced + int(grown.sum()),
         )
 
@@ -260,7 +338,7 @@ class TopologyController:
         """The units of some layers, with what scores they have on this step."""
         parts: list[LayerPart] = []
         empty = torch.zeros(0, device=self.shards.state_device)
-        dense = scored and self.method.growth == "gradient"
+        dense = scored and self.method.growth == "gradient" and index > 0
         for name in names:
             fragment = self.shards.fragment(name)
             if fragment is None:
@@ -297,22 +375,44 @@ class TopologyController:
             common_scale=self.whole_model,
         )
 
-    def _install(self, names: list[str], new: UnitSet, old: list[LayerMask] | None = None) -> None:
-        """Make sets of units the masks; zero weights and moments outside, and those of new units.
+    def _install(
+        self,
+        names: list[str],
+        new: Sets,
+        old: list[LayerMask] | None = None,
+        reset_moments: bool = False,
+    ) -> None:
+        """Make sets of units the masks, and zero what they leave out.
 
+        Where A is what is stored: weights and moments outside it, and those of new units.
         `old`: the masks before, in an update: a grown weight starts at zero with zero moments,
         whatever the dense gradient did to it. Without them every unit is as old as the run.
+        Where all is stored: moments outside B, so that nothing moves there.
         """
         for i, name in enumerate(names):
-            mask = replace(self.masks[name], bits=new.parts[i], active=new.sizes[i])
+            mask = self._with(self.masks[name], new.forward, i)
             self.masks[name] = mask
+            if new.trained is not None:
+                self.trained[name] = self._with(mask, new.trained, i)
             fragment = self.shards.fragment(name)
-            if fragment is not None:
+            if fragment is None:
+                continue
+            moments = [fragment.exp_avg, fragment.exp_avg_sq]
+            if not self.method.stores_all:
                 kept = mask if old is None else replace(mask, bits=old[i].bits & mask.bits)
-                kept.zero_outside_(list(fragment.tensors().values()), fragment.start)
+                kept.zero_outside_([fragment.master, *moments], fragment.start)
+            elif name in self.trained:
+                self.trained[name].zero_outside_(moments, fragment.start)
+            if reset_moments:
+                for moment in moments:
+                    moment.zero_()
         if self.show_patterns:
             for name, pattern in self.patterns(names):
                 self.layers[name].pattern = pattern
+
+    @staticmethod
+    def _with(mask: LayerMask, units: UnitSet, i: int) -> LayerMask:
+        return replace(mask, bits=units.parts[i], active=units.sizes[i])
 
     def patterns(self, names: list[str] | None = None) -> Iterator[tuple[str, Pattern]]:
         """The whole pattern of each layer, one after the other, on every rank. A collective."""
@@ -329,56 +429,17 @@ class TopologyController:
         active = sum(mask.active * mask.block_size for mask in self.masks.values())
         return active, sum(mask.units * mask.block_size for mask in self.masks.values())
 
-    def digest(self) -> str:
-        """A digest of every mask that does not depend on how it is spread. A collective.
+    def _all_masks(self) -> list[tuple[str, LayerMask]]:
+        """Every A by the layer's name, then every B that is a set of its own."""
+        return [*self.masks.items(), *((f"{n} (trained)", m) for n, m in self.trained.items())]
 
-        sha256 over sums of the random scores of the active units: sums can be made anywhere.
-        """
-        sums = torch.zeros(len(self.masks), 2, dtype=torch.int64, device=self.shards.device)
-        for row, (name, mask) in zip(sums, self.masks.items()):
-            keys = [RandomKey.of(0, i, name) for i in range(2)]
-            for start, stop in chunks(mask.bits.numel, mask.bits.data.device):
-                flags = mask.bits.flags(start, stop).to(torch.int32).neg_()
-                for i, key in enumerate(keys):
-                    scores = key.range(mask.start + start, mask.start + stop, flags.device)
-                    row[i] += (scores & flags).sum(dtype=torch.int64).to(row.device)
-        if self.structure.unstructured:
-            sums = self.shards.sum_over_ranks(sums)
-        digest = hashlib.sha256()
-        for name, row in zip(self.masks, sums.tolist()):
-            digest.update(f"{name}:{row[0]:x}:{row[1]:x};".encode())
-        return digest.hexdigest()
+    def digest(self) -> str:
+        """A digest of every mask that does not depend on how it is spread. A collective."""
+        return agreement.digest(self._all_masks(), self.shards)
 
     def check_agreement(self) -> None:
-        """Raise if masks do not have the counts they must, or ranks disagree. A collective.
-
-        Contracts 2 and 3. Where every rank holds whole masks they must be equal.
-        """
-        if not self.masks:
-            return
-        whole = self.shards.replicated or not self.structure.unstructured
-        if whole and dist.get_world_size() > 1:
-            mine = hashlib.sha256()
-            for mask in self.masks.values():
-                mine.update(mask.bits.data.cpu().numpy().tobytes())
-            number = int(mine.hexdigest()[:15], 16)
-            low = torch.tensor([number, -number], dtype=torch.int64, device=self.shards.device)
-            dist.all_reduce(low, op=dist.ReduceOp.MIN)
-            if int(low[0]) != -int(low[1]):
-                raise RuntimeError("the ranks' topologies differ: a bug, or a corrupted rank")
-        wrong = self._wrong_counts()
-        if wrong:
-            raise RuntimeError(f"the mask of {wrong[0]} has not its number of active units: a bug")
-
-    def _wrong_counts(self) -> list[str]:
-        """Layers whose masks have not the active units they should. A collective."""
-        if not self.masks:
-            return []
-        found = torch.stack([mask.bits.count() for mask in self.masks.values()])
-        if self.structure.unstructured:
-            found = self.shards.sum_over_ranks(found)
-        pairs = zip(self.masks.items(), found.tolist(), strict=True)
-        return [name for (name, mask), count in pairs if count != mask.active]
+        """Raise if masks do not have the counts they must, or ranks disagree. A collective."""
+        agreement.check(self._all_masks(), self.shards)
 
 
 def _matrix(shards: Shards, name: str) -> tuple[int, int]:

@@ -20,9 +20,9 @@ ROUNDS = 3  # exchanges of histograms in a selection
 # of large layers, which take long enough to hide it, are not counted.
 _LAUNCHES = 170
 # Bytes of memory that a weight's part in an update moves where each operation reads and writes
-# its operands (GPU): keys, comparisons and packing of the drop, of growth by gradient or by
+# its operands (GPU): keys, comparisons and packing of a selection by magnitude, by gradient or by
 # random scores; and zeroing the master and both moments.
-_DROP, _GROW_GRADIENT, _GROW_RANDOM, _ZERO = 40, 32, 96, 51
+_MAGNITUDE, _GRADIENT, _RANDOM, _ZERO = 40, 32, 96, 51
 # AdamW reads and writes the master and both moments, and reads the gradient.
 _ADAM = 28
 
@@ -68,16 +68,17 @@ def update_cost(
     exchanges (ZeRO 3 makes one a 10^9 weights of a rank).
     """
     layers, shard = len(weights), -(-sum(weights) // ranks)
-    by_gradient = method.growth == "gradient"
+    by_gradient, many = method.growth == "gradient", len(method.selects)
+    sampled = many - method.selects.count("random")
     vectors = 1 + by_gradient
     counts = 2 * 8 * layers  # grown units, and active ones to check them
     if block_size == 1:
         groups = 1 if whole_model else layers
         size = max(256, 4 * SAMPLE // layers) if whole_model and layers > 1 else SAMPLE
-        samples = vectors * sum(4 * min(size, weight) for weight in weights)
-        histograms = 2 * ROUNDS * groups * 4 * (2 + BINS)
-        payload = samples + histograms + counts + (2 * 8 * layers if whole_model else 0)
-        exchanges = vectors + 2 * ROUNDS + 1 + 2 * whole_model
+        samples = sampled * sum(4 * min(size, weight) for weight in weights)
+        histograms = many * ROUNDS * groups * 4 * (2 + BINS)
+        payload = samples + histograms + counts + (many * 8 * layers if whole_model else 0)
+        exchanges = sampled + many * ROUNDS + 1 + many * whole_model
         # Sets of units as bits (old, above, dropped, kept, inverse, grown), and what is kept
         # inside the brackets.
         extra = math.ceil(shard * (6 / 8 + 8 * 0.03)) + samples + histograms
@@ -86,14 +87,18 @@ def update_cost(
         payload = vectors * (8 * units + 4 * layers) + 2 * 8
         exchanges = 2 * vectors
         extra = (2 * vectors + 1) * 8 * units
+    if method.stores_all:  # layers get their patterns, one after the other
+        payload += sum(weights) // block_size
+        exchanges += layers
     extra += 32 * min(shard, chunk_size(torch.device("cuda" if on_gpu else "cpu")))
-    grow = _GROW_GRADIENT if by_gradient else _GROW_RANDOM
+    passes = {"random": _RANDOM, "largest gradient": _GRADIENT}
+    touched = sum(passes.get(score, _MAGNITUDE) for score in method.selects)
     return UpdateCost(
         exchanges=batches * exchanges + 1,  # and a check at the end
         payload=payload,
         sent=2 * payload * (ranks - 1) // ranks,
         extra=extra,
         launches=_LAUNCHES * layers,
-        touched=shard * (_DROP + grow + _ZERO),
+        touched=shard * (touched + _ZERO),
         adam=_ADAM * -(-parameters // ranks),
     )

@@ -85,6 +85,17 @@ class LayerMask:
             for value in integers:
                 value[first:last].bitwise_and_(keep.to(value.dtype))
 
+    def scale_outside_(self, values: Tensor, start: int, factor: float) -> None:
+        """Multiply elements `start .. start + n - 1` outside the mask by a factor in place."""
+        if factor == 0.0:
+            self.zero_outside_(values, start)
+            return
+        mask = self.on(values.device)
+        for first, last in chunks(values.numel(), values.device):
+            flags = mask.flags(start + first, start + last).view(torch.bool)
+            chunk = values[first:last]
+            chunk.copy_(torch.where(flags, chunk, chunk * factor))
+
     def square_sum(self, values: Tensor, start: int) -> Tensor:
         """0-d fp64: sum of squares of the elements inside the mask, without changing them."""
         mask = self.on(values.device)
@@ -104,11 +115,18 @@ class LayerMask:
 
 @dataclass(frozen=True)
 class SavedLayer:
-    """A sparse layer as it was saved: its grid of blocks, the block, and active blocks."""
+    """A sparse layer as it was saved: its grid of blocks, the block, and active blocks.
+
+    `trained`: blocks in B where that is a set of its own. `stores_all`: whether weights outside
+    A have values. `alpha`: Powerpropagation's, 1 without.
+    """
 
     grid: tuple[int, int]
     block: tuple[int, int]
     active: int
+    trained: int | None = None
+    stores_all: bool = False
+    alpha: float = 1.0
 
     @property
     def weights(self) -> int:

@@ -22,6 +22,10 @@ class UpdateSchedule:
         """Whether the topology changes at step t (from 1)."""
         return 0 < step < self.stop and step % self.freq == 0
 
+    def last_update(self, step: int) -> int:
+        """The step of the last update up to step t; 0 where there was none."""
+        return max(0, min(step, self.stop - 1)) // self.freq * self.freq
+
     def drop_fraction(self, step: int) -> float:
         """Share of the active weights that is dropped at step t."""
         if self.kind == "constant":

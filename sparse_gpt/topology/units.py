@@ -17,7 +17,7 @@ from sparse_gpt.topology.keys import LargestMagnitude, Random, SmallestMagnitude
 from sparse_gpt.topology.random import RandomKey
 from sparse_gpt.topology.select import select_top
 
-Score = Literal["smallest magnitude", "largest gradient", "random"]
+Score = Literal["smallest magnitude", "largest magnitude", "largest gradient", "random"]
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class ShardedUnits(Units):
             return Random(RandomKey.of(*self.key, self.names[i]), *place)
         if score == "smallest magnitude":
             return SmallestMagnitude(part.master, *place)
+        if score == "largest magnitude":
+            return LargestMagnitude(part.master, *place)
         if part.gradient is None:
             raise ValueError(f"{self.names[i]}: this step has no dense gradient")
         return LargestMagnitude(part.gradient, *place)
@@ -179,4 +181,6 @@ class BlockUnits(Units):
             return RandomKey.of(*self.key, self.names[i]).scores(place).to(torch.int64)
         if score == "smallest magnitude":
             return -self.scores["magnitude"][i][place]
+        if score == "largest magnitude":
+            return self.scores["magnitude"][i][place]
         return self.scores["gradient"][i][place]

@@ -13,12 +13,11 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import fraction_of_steps
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.model.linear import SparseLinear
-from sparse_gpt.ops import resolve_kernel
+from sparse_gpt.ops import inverse_power, resolve_kernel
+from sparse_gpt.run_method import method_of
 from sparse_gpt.sparse_units import Solution
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.masks import SavedLayer
-from sparse_gpt.topology.methods import METHODS
-from sparse_gpt.topology.schedule import UpdateSchedule
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
 
@@ -50,8 +49,8 @@ class WeightSource(Protocol):
         """The sparse layers that come with the weights; empty for a dense model."""
         ...
 
-    def mask(self, name: str, start: int, count: int) -> Tensor:
-        """bool `[count]`: units `start .. start + count - 1` of a sparse layer's mask."""
+    def mask(self, name: str, start: int, count: int, trained: bool = False) -> Tensor:
+        """bool `[count]`: units `start .. start + count - 1` of a sparse layer's A, or its B."""
         ...
 
 
@@ -128,19 +127,28 @@ def initial_units(solution: Solution, source: WeightSource | None) -> dict[str, 
 
 
 def initialiser(
-    config: RunConfig, source: WeightSource | None
+    config: RunConfig, source: WeightSource | None, sparse: Iterable[str]
 ) -> Callable[[GPT, Callable[[Any], AbstractContextManager[object]] | None], None]:
-    """A function that fills a model's parameters; masks come later, where they are sharded."""
+    """A function that fills a model's parameters; masks come later, where they are sharded.
+
+    `sparse`: weights of sparse layers, which Powerpropagation's parameters are powers of.
+    """
+    alpha = config.sparsity.powerpropagation
 
     def initialise(
         model: GPT, gathered: Callable[[Any], AbstractContextManager[object]] | None
     ) -> None:
         if source is None:
             model.init_weights(config.seed, gathered)
-            return
-        for name, parameter in model.named_parameters():
-            with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
-                parameter.copy_(source.parameter(name))
+        else:
+            for name, parameter in model.named_parameters():
+                with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
+                    parameter.copy_(source.parameter(name))
+        if alpha != 1.0:
+            for name in sparse:
+                parameter = model.get_parameter(name)
+                with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
+                    parameter.copy_(inverse_power(parameter, alpha))
 
     return initialise
 
@@ -152,7 +160,7 @@ def sparse_layers(
     kernel = resolve_kernel(config.sparsity.kernel, device, config.sparsity.storage)
     layers = model.sparse_layers()
     for name in names:
-        layers[name].kernel = kernel
+        layers[name].kernel, layers[name].alpha = kernel, config.sparsity.powerpropagation
     return {name: layers[name] for name in names}
 
 
@@ -170,8 +178,7 @@ def controller_of(
         layers,
         units,
         structure_of(config),
-        METHODS[sparsity.algorithm],
-        schedule_of(config, world_size),
+        method_of(config, world_size),
         config.seed,
         shards,
         saved=source if source is not None and source.layers else None,
@@ -190,15 +197,4 @@ def structure_of(config: RunConfig) -> BlockStructure:
         n_m=structure.n_m,
         transposable=structure.transposable,
         balanced=structure.balanced == "row",
-    )
-
-
-def schedule_of(config: RunConfig, world_size: int) -> UpdateSchedule:
-    drop = config.sparsity.drop_fraction
-    return UpdateSchedule(
-        freq=config.sparsity.update.freq,
-        stop=config.update_stop(world_size),
-        init=drop.init,
-        half_period=drop.half_period,
-        kind=drop.type,
     )

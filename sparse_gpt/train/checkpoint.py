@@ -105,14 +105,17 @@ class Checkpointer:
             ranges = {name: (start, tensors[name].size) for name, start, _ in mine}
             file = f"{kind}-{self.rank:05d}.safetensors"
             written[file] = files.write_tensors(folder / file, tensors, ranges)
-        bits, ranges = {}, {}
-        for index, (name, mask) in enumerate(self.controller.masks.items()):
-            replicated = self.shards.replicated or not mask.sharded
-            if mask.bits.numel and (not replicated or index % self.world_size == self.rank):
-                bits[name] = mask.bits.data.cpu().numpy()
-                ranges[name] = (mask.start, mask.bits.numel)
-        file = f"topology-{self.rank:05d}.safetensors"
-        written[file] = files.write_tensors(folder / file, bits, ranges)
+        topology = {"topology": self.controller.masks, "trained": self.controller.trained}
+        for kind, masks in topology.items():
+            bits, ranges = {}, {}
+            for index, (name, mask) in enumerate(masks.items()):
+                replicated = self.shards.replicated or not mask.sharded
+                if mask.bits.numel and (not replicated or index % self.world_size == self.rank):
+                    bits[name] = mask.bits.data.cpu().numpy()
+                    ranges[name] = (mask.start, mask.bits.numel)
+            if masks or kind == "topology":
+                file = f"{kind}-{self.rank:05d}.safetensors"
+                written[file] = files.write_tensors(folder / file, bits, ranges)
         file = f"rng-{self.rank:05d}.safetensors"
         written[file] = files.write_tensors(folder / file, _rng_state())
         return written
@@ -186,12 +189,19 @@ class Checkpointer:
             raise UserError(f"checkpoint {path} is of another model: its parameters differ")
         if reader.manifest.get("optimizer_steps") is None:
             raise UserError(f"checkpoint {path} has weights alone: no run can go on from it")
-        self._check_layers(path, reader.manifest["layers"])
+        self._check_layers(path, dict(reader.manifest["layers"]))
         counts = {name: layer.active for name, layer in reader.layers.items()}
         read: dict[str, Any] = {}
         on_every_rank(lambda: read.update(self.controller.read(reader)), f"checkpoint {path}")
+        trained = None
+        if self.controller.keeps_trained:
+            trained = ({}, {name: layer.trained or 0 for name, layer in reader.layers.items()})
+            on_every_rank(
+                lambda: trained[0].update(self.controller.read(reader, trained=True)),
+                f"checkpoint {path}",
+            )
         try:
-            self.controller.load(read, counts)
+            self.controller.load(read, counts, trained)
         except UserError as error:  # on every rank
             raise UserError(f"broken checkpoint {path}: {error}") from None
         if self.controller.digest() != reader.manifest["topology_digest"]:
@@ -211,18 +221,10 @@ class Checkpointer:
                 tensor.copy_(reader.fragment(name, kind, fragment.start, fragment.numel))
 
     def _check_layers(self, path: Path, saved: dict[str, Any]) -> None:
-        """Refuse a topology of other layers, blocks or counts than this run's."""
+        """Refuse a topology of other layers, blocks or final counts than this run's."""
         mine = _layer_entries(self.controller)
-        if self.controller.whole_model and mine:
-            # Layers trade active units; the model's number of them stays.
-            total = sum(entry["active"] for entry in saved.values())
-            if total != sum(entry["active"] for entry in mine.values()):
-                raise UserError(
-                    f"checkpoint {path} has {total} active units, this run has another number; "
-                    "keep sparsity.sparsity as it was"
-                )
-            saved = {name: saved[name] | {"active": None} for name in saved}
-            mine = {name: mine[name] | {"active": None} for name in mine}
+        for entries in (saved, mine):  # how many are active now depends on the step
+            entries.update({name: _what_stays(entry) for name, entry in entries.items()})
         differing = [
             name for name in sorted(saved.keys() | mine.keys()) if saved.get(name) != mine.get(name)
         ]
@@ -255,14 +257,23 @@ class Checkpointer:
 
 
 def _layer_entries(controller: TopologyController) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
+    entries = {}
+    for name, mask in controller.masks.items():
+        entries[name] = {
             "grid": list(mask.grid),
             "block": list(mask.block),
             "active": mask.active,
+            "target": controller.targets[name],
+            "stores_all": controller.method.stores_all,
+            "alpha": controller.layers[name].alpha,
         }
-        for name, mask in controller.masks.items()
-    }
+        if name in controller.trained:
+            entries[name]["trained"] = controller.trained[name].active
+    return entries
+
+
+def _what_stays(entry: dict[str, Any]) -> dict[str, Any]:
+    return {key: entry.get(key) for key in ("grid", "block", "target", "stores_all", "alpha")}
 
 
 def _rng_state() -> dict[str, np.ndarray]:

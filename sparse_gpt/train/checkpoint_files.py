@@ -5,6 +5,7 @@
       master-00000.safetensors          rank 0's fragments of the fp32 weights, by parameter name
       exp_avg-00000, exp_avg_sq-00000   of Adam's moments
       topology-00000.safetensors        rank 0's share of every mask, as bits
+      trained-00000.safetensors         of the trained sets, where a method keeps them apart
       rng-00000.safetensors             rank 0's generator states
 
 A fragment is a range of the flattened parameter, so a checkpoint can be read back at any number
@@ -29,7 +30,7 @@ from torch import Tensor
 from sparse_gpt.durable import fsync_path, sha256_file
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
-from sparse_gpt.ops import Pattern
+from sparse_gpt.ops import Pattern, power
 from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.train.manifest import read_manifest
 
@@ -188,15 +189,32 @@ class CheckpointReader:
         return torch.from_numpy(self._read(kind, name, start, numel, total))
 
     def parameter(self, name: str, kind: str = "master") -> Tensor:
-        """A whole parameter, fp32, in its shape."""
+        """A whole parameter as the model computes with it, fp32, in its shape.
+
+        Weights that are stored but take no part (Top-KAST, "Search spaces") are 0 in it, and
+        Powerpropagation's are powers; `fragment` gives what was stored.
+        """
         shape = self.shapes[name]
-        return self.fragment(name, kind, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
+        stored = self.fragment(name, kind, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
+        layer = self.layers.get(name)
+        if kind != "master" or layer is None:
+            return stored
+        if layer.stores_all:
+            stored = self.pattern(name).apply(stored)
+        return power(stored, layer.alpha)
 
     @property
     def layers(self) -> dict[str, SavedLayer]:
         """The sparse layers, by the name of their weight."""
         return {
-            name: SavedLayer(tuple(entry["grid"]), tuple(entry["block"]), entry["active"])
+            name: SavedLayer(
+                tuple(entry["grid"]),
+                tuple(entry["block"]),
+                entry["active"],
+                entry.get("trained"),
+                entry.get("stores_all", False),
+                entry.get("alpha", 1.0),
+            )
             for name, entry in self.manifest["layers"].items()
         }
 
@@ -213,10 +231,10 @@ class CheckpointReader:
             raise UserError(f"broken checkpoint {self.path}: the topology of {name} is incomplete")
         return Pattern(flags.view(rows, columns), layer.block)
 
-    def mask(self, name: str, start: int, count: int) -> Tensor:
-        """bool `[count]`: units `start .. start + count - 1` of a sparse layer's mask."""
+    def mask(self, name: str, start: int, count: int, trained: bool = False) -> Tensor:
+        """bool `[count]`: units `start .. start + count - 1` of a sparse layer's A, or its B."""
         pieces, position = [], start
-        for first, many, file in self._locate("topology").get(name, []):
+        for first, many, file in self._locate("trained" if trained else "topology").get(name, []):
             end = min(first + many, start + count)
             if first > position or end <= position:
                 continue

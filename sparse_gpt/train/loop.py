@@ -108,7 +108,9 @@ class Trainer:
             )
         units = build.initial_units(self.solution, source)
         ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
-        model = build_model(config, self.gpt_config, ds_config, build.initialiser(config, source))
+        model = build_model(
+            config, self.gpt_config, ds_config, build.initialiser(config, source, units)
+        )
         layers = build.sparse_layers(model, units, config, self.device)
         torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
         self.engine, self.optimizer = start_engine(model, config, ds_config)
@@ -180,7 +182,7 @@ class Trainer:
             for step in range(state.step + 1, last_step + 1):
                 lr = self._set_lr(step)
                 health, update = self._step(step, batches)
-                self._account(step, health)
+                flops = self._account(step, health)
                 nonfinite = 0 if health.finite else nonfinite + 1
                 if nonfinite >= config.optimizer.max_nonfinite_steps:
                     raise UserError(
@@ -188,7 +190,7 @@ class Trainer:
                         f"{step}, loss {health.loss}); the weights are those of step "
                         f"{step - nonfinite}. Lower optimizer.lr, or look at the data there"
                     )
-                self.throughput.add(config.batch(self.world_size) * config.seq_len)
+                self.throughput.add(config.batch(self.world_size) * config.seq_len, flops)
                 if update is not None:
                     self._log_update(step, update)
                 if step % config.logging.every == 0 or step == last_step or not health.finite:
@@ -215,6 +217,7 @@ class Trainer:
         loss_sum = torch.zeros((), device=self.device)
         self.engine.train()
         self.controller.begin_step(step)
+        self._step_weights = self.controller.step_weights(step)
         for micro_step in range(accumulation):
             batch = to_device(next(batches), self.device)
             loss = self.engine(**batch)
@@ -260,14 +263,16 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def _account(self, step: int, health: StepHealth) -> None:
+    def _account(self, step: int, health: StepHealth) -> int:
+        """Count the step; returns its FLOPs."""
         state, batch = self.state, self.config.batch(self.world_size)
-        dense = self.controller.grows_by_gradient(step)
-        state.flops_spent += self.ledger.step(batch, "dense_gradient" if dense else "sparse")
+        flops = batch * self.ledger.sequence(*self._step_weights)
+        state.flops_spent += flops
         state.step = step
         state.samples += batch
         state.tokens += batch * self.config.seq_len
         state.skipped_steps += not health.finite
+        return flops
 
     def evaluate(self, split: str, sequences: int | None = None) -> Evaluation:
         """Mean loss over a split's whole windows of `seq_len`. A collective."""
@@ -368,7 +373,7 @@ class Trainer:
         values = {
             "sparsity": self.sparsity,
             "churn": update.churn,
-            "drop_fraction": self.controller.schedule.drop_fraction(step),
+            "drop_fraction": self.controller.method.schedule.drop_fraction(step),
             "dropped": update.dropped,
             "replaced": update.replaced,
         }

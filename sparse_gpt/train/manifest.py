@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 NAME = "manifest.json"
 
 Count = Annotated[int, Field(ge=0)]
@@ -33,17 +33,25 @@ class FileEntry(_Strict):
 
 
 class LayerEntry(_Strict):
-    """One sparse layer: blocks of its grid, the block's shape, and active blocks."""
+    """One sparse layer: blocks of its grid, the block's shape, and active blocks.
+
+    `target`: active blocks when the method is done; `trained`: those in the trained set where it
+    is kept apart; `stores_all`: whether inactive weights have values; `alpha`: Powerpropagation's.
+    """
 
     grid: tuple[Count, Count]
     block: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
     active: Count
+    target: Count | None = None
+    trained: Count | None = None
+    stores_all: bool = False
+    alpha: Annotated[float, Field(ge=1.0)] = 1.0
 
 
 class Manifest(_Strict):
     """Everything a checkpoint says about itself. What only resuming needs may be absent."""
 
-    format: Literal[2]
+    format: Literal[3]
     step: Count
     state: dict[str, Any]
     gpt_config: dict[str, Any]

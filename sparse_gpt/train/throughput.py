@@ -29,12 +29,13 @@ class Throughput:
         if peak is None and device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device), precision)
         self._peak = peak * world_size if peak else None
-        self._active = ledger.active.total / seq_len
         self._dense = ledger.dense.total / seq_len
-        self._tokens, self._start = 0, time.perf_counter()
+        self._tokens, self._flops, self._start = 0, 0, time.perf_counter()
 
-    def add(self, tokens: int) -> None:
+    def add(self, tokens: int, flops: int) -> None:
+        """A step: its tokens, and its active FLOPs."""
         self._tokens += tokens
+        self._flops += flops
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -46,10 +47,11 @@ class Throughput:
     def read(self) -> dict[str, float | None]:
         """Since the last reading: tokens/s, and MFU of the active FLOPs and of dense products."""
         now = time.perf_counter()
-        rate = self._tokens / max(now - self._start, 1e-9)
-        self._tokens, self._start = 0, now
+        seconds = max(now - self._start, 1e-9)
+        rate, active = self._tokens / seconds, self._flops / seconds
+        self._tokens, self._flops, self._start = 0, 0, now
         return {
             "tokens_per_second": rate,
-            "mfu_active": mfu(self._active, rate, self._peak),
+            "mfu_active": mfu(1.0, active, self._peak),
             "mfu_dense": mfu(self._dense, rate, self._peak),
         }

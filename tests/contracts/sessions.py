@@ -62,7 +62,8 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.method, name)
 
-    def update(self, units: Any, active: Any, fraction: float) -> Any:
+    def update(self, units: Any, sets: Any, targets: Any, step: int) -> Any:
+        fraction = self.method.schedule.drop_fraction(step)
         shards, random = self.made.shards, self.method.growth == "random"
         update = self.seen.updates.setdefault(self.step, Update(fraction, random=random))
         for name in units.names:
@@ -75,7 +76,7 @@ class Watched:
             else:
                 gradient = None if fragment is None else shards.stepped_gradient(fragment)
                 update.growth[name] = self.norms(assemble(self.made, name, gradient))
-        return self.method.update(units, active, fraction)
+        return self.method.update(units, sets, targets, step)
 
     def norms(self, weight: Tensor) -> Tensor:
         """fp64 `[blocks]`: L2 norms of a weight's blocks, row-major in the grid."""

@@ -33,8 +33,10 @@ class Recorder:
     def __getattr__(self, name):
         return getattr(self.method, name)
 
-    def update(self, units, active, fraction):
-        new = self.method.update(units, active, fraction)
+    def update(self, units, sets, targets, step):
+        update = self.method.update(units, sets, targets, step)
+        active, new = sets.forward, update.sets.forward
+        fraction = self.method.schedule.drop_fraction(step)
         for i, name in enumerate(units.names):
             if name in self.first:
                 continue
@@ -49,7 +51,7 @@ class Recorder:
                 int(fraction * active.sizes[i]),
                 self.whole(part.start, new.parts[i].flags(), total).bool(),
             )
-        return new
+        return update
 
     def whole(self, start, part, total):
         full = torch.zeros(total)

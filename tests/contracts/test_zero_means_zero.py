@@ -132,7 +132,7 @@ def disagree(corpus, out, config_changes, message):
 @pytest.mark.parametrize(
     ("stage", "block", "message"),
     [
-        (2, [1, 1], "number of active units"),  # one owner a bit: only the count can be wrong
+        (2, [1, 1], "active units: a bug"),  # one owner a bit: only the count can be wrong
         (0, [1, 1], "topologies differ"),
         (2, [2, 4], "topologies differ"),
     ],

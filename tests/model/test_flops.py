@@ -44,7 +44,7 @@ def test_table_17(name, sparsity, flops):
 def test_total_over_the_run():
     assert SEQUENCES == 4460 * 512
     ledger = FlopsLedger.of(preset("gpt3-small"), 1024, VOCAB)
-    assert sum(ledger.step(512) for _ in range(4460)) == 876_303_876_096 * SEQUENCES
+    assert sum(512 * ledger.sequence(0, 0) for _ in range(4460)) == 876_303_876_096 * SEQUENCES
 
 
 def test_spdf_ratio():
@@ -149,22 +149,17 @@ def test_dense_gradient_step():
     d, f = 1536, 6144
     assert extra == 2 * 1024 * 12 * (4 * d * d + 2 * d * f) * 3 // 4
     ledger = FlopsLedger.of(dims, 1024, VOCAB, counts)
-    sparse, dense_gradient, dense = (
-        ledger.step(4, kind) for kind in ("sparse", "dense_gradient", "dense")
-    )
-    assert sparse == 4 * 1_229_410_271_232
-    assert dense_gradient - sparse == 4 * extra
+    active, everything = sum(counts.values()), ledger.sparse
+    sparse = ledger.sequence(active, active)
+    assert sparse == ledger.active.total == 1_229_410_271_232
+    assert ledger.sequence(active, everything) - sparse == extra == ledger.dense_gradient
     # The dense step also computes forward and dX in full: three products in place of one.
-    assert dense - sparse == 3 * 4 * extra
+    assert ledger.sequence(everything, everything) - sparse == 3 * extra
+    assert ledger.sequence(everything, everything) == ledger.dense.total
 
 
 def test_a_dense_model_has_no_extra():
     assert FlopsLedger.of(preset("gpt3-small"), 1024, VOCAB).dense_gradient == 0
-
-
-def test_an_unknown_kind_of_step_is_an_error():
-    with pytest.raises(KeyError):
-        FlopsLedger.of(preset("gpt3-small"), 1024, VOCAB).step(1, "densish")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ NAMES = "abcdefgh"
 class Layer:
     pattern = None
     dense_grad = False
+    alpha = 1.0
 
 
 class PlainShards:
@@ -71,8 +72,7 @@ def controller(shards, block=(1, 1), units=16, structure=None, **more):
         {name: Layer() for name in NAMES},
         dict.fromkeys(NAMES, units),
         structure or BlockStructure(block),
-        METHODS["rigl"],
-        UpdateSchedule(1, 100),
+        METHODS["rigl"](UpdateSchedule(1, 100)),
         0,
         shards,
         **more,
@@ -143,7 +143,7 @@ def test_a_rank_that_owns_nothing_of_some_layers():
     masks = {name: mask.bits.flags().bool() for name, mask in made.masks.items()}
 
     class Saved:
-        def mask(self, name, start, count):
+        def mask(self, name, start, count, trained=False):
             return masks[name][start : start + count]
 
     part = TopologyController.__new__(TopologyController)

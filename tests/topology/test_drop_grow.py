@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.methods import METHODS
-from sparse_gpt.topology.methods.drop_grow import drop_and_grow
+from sparse_gpt.topology.methods.base import Sets, drop_and_grow
 from sparse_gpt.topology.random import random_scores
+from sparse_gpt.topology.schedule import UpdateSchedule
 from sparse_gpt.topology.units import BlockUnits, LayerPart, ShardedUnits, Units, UnitSet
 
 WHOLE = st.sampled_from([0, 1, 2, 3]) | st.integers(0, 1000)
@@ -88,13 +89,17 @@ def members(units: UnitSet) -> set[tuple[int, int]]:
 
 def moved(units: Units, active, fraction: float, method: str) -> set[tuple[int, int]]:
     before = set_of(active)
-    new = METHODS[method].update(units, before, fraction)
+    schedule = UpdateSchedule(1, 10, init=fraction, kind="constant")
+    update = METHODS[method](schedule).update(units, Sets(before), before.sizes, 1)
+    new = update.sets.forward
+    assert update.sets.trained is None
     assert members(before) == members(set_of(active)), "the old topology is left alone"
     assert new.totals == before.totals
     assert new.sizes == [int(bits.count()) for bits in new.parts]
     assert sum(new.sizes) == sum(before.sizes), "the number of active units is conserved"
     assert units.whole_model or new.sizes == before.sizes, "in every layer"
     count = sum(units.share(before, fraction))
+    assert update.dropped == count
     assert len(members(new) - members(before)) <= count
     return members(new)
 
@@ -154,9 +159,10 @@ def test_non_finite_scores_are_refused(bad, whole_model):
 
 def test_static_has_no_update():
     case = [[[True, False]], [[1, 0]], [[0, 1]]]
-    assert not METHODS["static"].dynamic
+    static = METHODS["static"](UpdateSchedule(1, 10))
+    assert not any(map(static.is_update, range(20)))
     with pytest.raises(TypeError, match="static"):
-        METHODS["static"].update(blocks(*case, False), set_of(case[0]), 0.5)
+        static.update(blocks(*case, False), Sets(set_of(case[0])), [1], 1)
     assert [METHODS[name].growth for name in ("static", "set", "rigl")] == [
         "none",
         "random",

@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.tile_lp import best_totals
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.grouped import GroupedBlocks, GroupedUnits
-from sparse_gpt.topology.methods.drop_grow import drop_and_grow
+from sparse_gpt.topology.methods.base import drop_and_grow
 from sparse_gpt.topology.n_m import random_mask, tiles_of
 from sparse_gpt.topology.random import random_scores
 from sparse_gpt.topology.structure import BlockStructure, Groups
@@ -83,7 +83,7 @@ class Layers:
 
     def updated(self, active: list[Tensor], fraction: float, growth: str) -> list[Tensor]:
         return self.joined(on_ranks(self.ranks, lambda rank: drop_and_grow(
-            self.units(rank), self.set_of(rank.index, active), fraction, growth)))  # fmt: skip
+            self.units(rank), self.set_of(rank.index, active), fraction, growth).sets.forward))  # fmt: skip
 
 
 def as_layers(kinds: list[tuple[str, tuple[int, int]]], rng: random.Random, ranks: int) -> Layers:
@@ -234,7 +234,7 @@ def test_rows_of_blocks(growth):
     active = first.pattern("random", made.set_of(0, everything), made.counts)
     assert units.misfits(active) == []
     assert [a.tolist() for a in made.joined([active])] == [a.tolist() for a in made.drawn()]
-    new = drop_and_grow(units, active, 0.5, growth)
+    new = drop_and_grow(units, active, 0.5, growth).sets.forward
     wanted = made.updated(made.drawn(), 0.5, growth)
     assert [a.tolist() for a in made.joined([new])] == [a.tolist() for a in wanted]
     moved = [made.drawn()[0], made.drawn()[1].roll(1)]

@@ -333,7 +333,7 @@ def test_a_checkpoint_of_format_1_is_refused_as_such(folder):
     for read in (read_manifest, files.open_checkpoint):
         with pytest.raises(UserError) as caught:
             read(folder)
-        assert str(caught.value).endswith("manifest.json: format 1, this version reads 2")
+        assert str(caught.value).endswith("manifest.json: format 1, this version reads 3")
         assert str(folder) in str(caught.value)
 
 

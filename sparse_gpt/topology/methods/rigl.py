@@ -1,5 +1,19 @@
 """RigL (Evci et al. 2020): drop by magnitude, grow by the largest dense gradient."""
 
-from sparse_gpt.topology.methods.drop_grow import DropAndGrow
+from dataclasses import dataclass
 
-RIGL = DropAndGrow(name="rigl", growth="gradient")
+from sparse_gpt.topology.methods.base import Method, Sets, Update, drop_and_grow
+from sparse_gpt.topology.units import Units
+
+
+@dataclass(frozen=True)
+class RigL(Method):
+    """Weights outside the mask, and their moments, are exactly zero; so are new ones."""
+
+    name = "rigl"
+    growth = "gradient"
+    selects = ("smallest magnitude", "largest gradient")
+
+    def update(self, units: Units, sets: Sets, targets: list[int], step: int) -> Update:
+        fraction = self.schedule.drop_fraction(step)
+        return drop_and_grow(units, sets.forward, fraction, "largest gradient")
