@@ -82,8 +82,11 @@ class Layers:
             "random", self.set_of(rank.index, everything), self.counts)))  # fmt: skip
 
     def updated(self, active: list[Tensor], fraction: float, growth: str) -> list[Tensor]:
-        return self.joined(on_ranks(self.ranks, lambda rank: drop_and_grow(
-            self.units(rank), self.set_of(rank.index, active), fraction, growth).sets.forward))  # fmt: skip
+        def body(rank: Rank) -> UnitSet:
+            old = self.set_of(rank.index, active)
+            return drop_and_grow(self.units(rank), old, fraction, growth).sets.forward
+
+        return self.joined(on_ranks(self.ranks, body))
 
 
 def as_layers(kinds: list[tuple[str, tuple[int, int]]], rng: random.Random, ranks: int) -> Layers:
