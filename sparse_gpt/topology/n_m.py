@@ -50,7 +50,9 @@ def transposable_mask(tiles: Tensor, n: int, start: Tensor | None = None) -> Ten
     `start`, a mask with these counts, or at a greedy one, and never ends below it.
     """
     m = tiles.shape[1]
-    at_once = max(1, chunk_size(tiles.device) // (m * m))
+    # Ten to twenty numbers of 8 bytes a place, or a total a pattern.
+    places = len(tile_patterns(n, m)) if m <= _ENUMERATED else 2 * m * m
+    at_once = max(1, chunk_size(tiles.device) // places)
     out = torch.empty_like(tiles, dtype=torch.bool)
     for at in range(0, len(tiles), at_once):
         benefit = tiles[at : at + at_once]

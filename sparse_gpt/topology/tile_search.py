@@ -91,7 +91,7 @@ def improve_(benefit: Tensor, mask: Tensor, cycle: int = CYCLE) -> None:
         changed = torch.zeros(len(tiles), dtype=torch.bool, device=mask.device)
         for t, rows in _cycles(gains, min(cycle, mask.shape[1])):
             for to, of in zip(rows, [*rows[1:], rows[0]]):
-                column = columns[to, of, t]
+                column = columns[to, of, t].long()
                 here[of, column, t] = False
                 here[to, column, t] = True
             changed[t] = True
@@ -105,11 +105,12 @@ def _moves(benefit: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     The place's column is one that a uses and i does not. Arguments: `[M, M, tiles]`.
     """
     gains = torch.empty_like(benefit)
-    columns = torch.empty_like(benefit)
+    columns = torch.empty_like(benefit, dtype=torch.int8)
     for a in range(len(mask)):
         possible = mask[a] & ~mask
         gain = torch.where(possible, benefit - benefit[a], _IMPOSSIBLE)
-        gains[:, a], columns[:, a] = gain.max(1)
+        gains[:, a], best = gain.max(1)
+        columns[:, a] = best
     return gains, columns
 
 
@@ -129,7 +130,7 @@ def _cycles(moves: Tensor, longest: int) -> list[tuple[Tensor, list[Tensor]]]:
         t, first, row = gains.nonzero().view(-1), at[gains] // m, at[gains] % m
         rows = [row]
         for before in reversed(via):
-            row = before[first, row, t]
+            row = before[first, row, t].long()
             rows.append(row)
         found.append((tiles[t], [first, *reversed(rows)]))
         if length == longest or len(t) == len(tiles):
@@ -138,7 +139,8 @@ def _cycles(moves: Tensor, longest: int) -> list[tuple[Tensor, list[Tensor]]]:
             rest = (~gains).nonzero().view(-1)
             tiles, moves, walks = tiles[rest], moves[:, :, rest], walks[:, :, rest]
             via = [before[:, :, rest] for before in via]
-        longer, through = walks[:, :1] + moves[:1], torch.zeros_like(walks)
+        longer = walks[:, :1] + moves[:1]
+        through = torch.zeros_like(walks, dtype=torch.int8)
         for middle in range(1, m):
             other = walks[:, middle, None] + moves[middle]
             through.masked_fill_(other > longer, middle)

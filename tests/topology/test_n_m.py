@@ -191,7 +191,7 @@ def test_a_tile_does_not_depend_on_its_neighbours(monkeypatch):
     together = transposable_mask(tiles, 4)
     alone = [transposable_mask(tile[None], 4)[0] for tile in tiles]
     assert torch.equal(together, torch.stack(alone))
-    monkeypatch.setattr("sparse_gpt.topology.n_m.chunk_size", lambda device: 3 * 64)
+    monkeypatch.setattr("sparse_gpt.topology.n_m.chunk_size", lambda device: 6 * 64)
     assert torch.equal(together, transposable_mask(tiles, 4))
 
 
