@@ -15,7 +15,7 @@ from sparse_gpt.topology.block_scores import block_scores
 from sparse_gpt.topology.grouped import GroupedUnits
 from sparse_gpt.topology.keys import LargestMagnitude
 from sparse_gpt.topology.masks import LayerMask
-from sparse_gpt.topology.methods.drop_grow import drop_and_grow
+from sparse_gpt.topology.methods.base import drop_and_grow
 from sparse_gpt.topology.random import RandomKey
 from sparse_gpt.topology.select import select_top
 from sparse_gpt.topology.structure import BlockStructure
@@ -195,7 +195,7 @@ def test_groups(structure):
         nothing = UnitSet([Bits.empty(16 * 24, device)], [0], [16 * 24])
         active = units.pattern("random", ~nothing, [count])
         assert active.parts[0].data.device == device
-        new = drop_and_grow(units, active, 0.5, "largest gradient")
+        new = drop_and_grow(units, active, 0.5, "largest gradient").sets.forward
         return [units.parts[0].flags().cpu() for units in (active, new)]
 
     here = grown(torch.device("cpu"))
