@@ -1,0 +1,97 @@
+"""Sections of training: data, optimizer, schedule, DeepSpeed, checkpoints, logs."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from sparse_gpt.config.section import Fraction, Positive, Section
+
+
+class DataSource(Section):
+    """A folder made by prepare_data, or a Megatron `.bin/.idx` prefix."""
+
+    path: Path
+    weight: Annotated[float, Field(gt=0.0)] = 1.0
+    # For Megatron files only, which say none of it:
+    val_fraction: Fraction = 0.01  # documents held out
+    vocab_size: Positive | None = None  # default: the largest id seen, plus one
+    tokenizer: Path | None = None  # folder of the tokenizer they were made with
+
+
+class OptimizerConfig(Section):
+    """AdamW. Biases, LayerNorms and embeddings do not decay."""
+
+    lr: Annotated[float, Field(gt=0.0)] = 6e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
+    grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 = off
+    max_nonfinite_steps: Positive = 10  # skipped steps in a row before the run ends
+
+
+class ScheduleConfig(Section):
+    """Learning rate over tokens: linear warmup, then cosine, linear or constant; or WSD.
+
+    At most one of `warmup_tokens`, `warmup_steps`, `warmup_fraction`. WSD holds the peak and
+    decays linearly over the last `decay_fraction` of all steps.
+    """
+
+    type: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    warmup_tokens: Annotated[int, Field(ge=0)] | None = None
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    warmup_fraction: Fraction | None = None
+    min_lr_ratio: Annotated[float, Field(ge=0.0, le=1.0)] = 0.1
+    decay_fraction: Annotated[float, Field(gt=0.0, le=1.0)] = 0.2
+
+    @model_validator(mode="after")
+    def _check(self) -> "ScheduleConfig":
+        given = [
+            key
+            for key in ("warmup_tokens", "warmup_steps", "warmup_fraction")
+            if getattr(self, key) is not None
+        ]
+        if len(given) > 1:
+            raise ValueError(f"give one of {', '.join(given)}, not {len(given)}")
+        return self
+
+
+class DeepSpeedConfig(Section):
+    """ZeRO, as DeepSpeed names it. Buckets are in elements.
+
+    `communication_data_type`: what gradients are averaged in. bf16 halves their traffic, and
+    their sum then depends on the number of ranks, and with it which weights RigL grows.
+    """
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    reduce_bucket_size: Positive = 50_000_000
+    allgather_bucket_size: Positive = 50_000_000
+    overlap_comm: bool = True
+    communication_data_type: Literal["fp32", "bf16"] = "fp32"
+    param_persistence_threshold: Annotated[int, Field(ge=0)] = 10_000
+
+
+class CheckpointConfig(Section):
+    """`resume: auto` goes on from the newest checkpoint, `required` insists, `never` starts new."""
+
+    every: Positive | None = None  # steps; none = at the end only
+    keep_last: Positive = 2
+    resume: Literal["auto", "required", "never"] = "auto"
+    allow_changed: tuple[str, ...] = ()  # config keys that may differ from the saved run's
+
+
+class EvaluationConfig(Section):
+    """Validation loss on the held-out split, every so many steps and at the end."""
+
+    every: Positive | None = None
+    sequences: Positive | None = None  # none = the whole split
+    patience: Positive | None = None  # stop after so many validations without a new best
+
+
+class LoggingConfig(Section):
+    """JSONL and TensorBoard always; wandb where its extra is installed."""
+
+    every: Positive = 10
+    wandb: bool = False
+    wandb_project: str = "sparse_gpt"
