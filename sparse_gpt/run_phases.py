@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from sparse_gpt.config import RunConfig
 from sparse_gpt.model.run_flops import Phase
 from sparse_gpt.run_method import method_of
+from sparse_gpt.run_scoring import scoring_phases
 
 
 def topology_updates(config: RunConfig, world_size: int) -> int:
@@ -16,6 +17,8 @@ def topology_updates(config: RunConfig, world_size: int) -> int:
 def phases(config: RunConfig, units: Iterable[tuple[int, int]], world_size: int) -> list[Phase]:
     """Consecutive steps of a run that cost the same, if all of them are finite.
 
+    First those that score a topology before step 1.
+
     `units`: (kept, all) weights or blocks of every layer that can be sparse; one that keeps all
     is dense.
     """
@@ -23,7 +26,7 @@ def phases(config: RunConfig, units: Iterable[tuple[int, int]], world_size: int)
     dense = sum(every for kept, every in pairs if kept == every)
     layers = [(kept, every) for kept, every in pairs if kept < every]
     model = [tuple(map(sum, zip(*layers)))] if config.sparsity.update.scope == "model" else layers
-    found: list[Phase] = []
+    found = scoring_phases(config, pairs)
     active = trained = 0
     for step in range(1, config.total_steps(world_size) + 1):
         moved = method.is_update(step - 1) or method.trains(step) != method.trains(step - 1)

@@ -18,6 +18,7 @@ from sparse_gpt.ift.wide import width_step, with_width
 from sparse_gpt.model.flops import kept_units, layer_shapes, linear_weights, sequence_flops
 from sparse_gpt.model.run_flops import run_flops
 from sparse_gpt.run_phases import phases
+from sparse_gpt.run_scoring import scoring_phases
 
 Dims = dict[str, int]
 
@@ -127,11 +128,20 @@ def run_cost(config: RunConfig, vocab_size: int, solution: Solution, world_size:
 
     Only in layer mode can the number of its steps depend on `world_size`.
     """
-    dense = dict.fromkeys(solution.units, 0)
-    dims, transform = solution.dims, config.transform
-    rest = sequence_flops(dims, config.seq_len, vocab_size, dense, transform).total
     steps = phases(config, solution.units.values(), world_size)
-    return run_flops(rest, config.seq_len, 1, steps)
+    return run_flops(_rest(config, vocab_size, solution), config.seq_len, 1, steps)
+
+
+def scoring_cost(config: RunConfig, vocab_size: int, solution: Solution) -> int:
+    """FLOPs of scoring a first topology before step 1, for one sequence of each global batch."""
+    steps = scoring_phases(config, solution.units.values())
+    return run_flops(_rest(config, vocab_size, solution), config.seq_len, 1, steps)
+
+
+def _rest(config: RunConfig, vocab_size: int, solution: Solution) -> int:
+    """Forward and backward FLOPs of a sequence outside the layers that can be sparse."""
+    nothing, transform = dict.fromkeys(solution.units, 0), config.transform
+    return sequence_flops(solution.dims, config.seq_len, vocab_size, nothing, transform).total
 
 
 def base_cost(config: RunConfig, vocab_size: int, world_size: int = 1) -> int:

@@ -87,6 +87,12 @@ class RunConfig(Section):
                 "sparsity.algorithm: top_kast regularises by sparsity.top_kast.regulariser, and "
                 "weight decay would move weights it does not train; set optimizer.weight_decay: 0"
             )
+        lottery = self.sparsity.lottery
+        if self.init_from is not None and lottery is not None and lottery.rewind is not None:
+            raise ValueError(
+                "init_from and sparsity.lottery.rewind both say where the weights come from; leave "
+                "one of them out"
+            )
         _ = self.dims
         self._check_ift()
         self._check_iso_flop()

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from sparse_gpt.config.init_mask import LotteryConfig, ScoringConfig, check_init_mask
 from sparse_gpt.config.section import Fraction, Positive, Section
 
 
@@ -179,6 +180,11 @@ class SparsityConfig(Section):
     ac_dc: ACDCConfig = ACDCConfig()
     top_kast: TopKASTConfig = TopKASTConfig()
     search_spaces: SearchSpacesConfig = SearchSpacesConfig()
+    # The first topology: drawn at random with the distribution's counts, or the best weights of
+    # the model by a score, as many in all, which share themselves out among the layers.
+    init_mask: Literal["random", "snip", "grasp", "force", "lottery"] = "random"
+    scoring: ScoringConfig = ScoringConfig()
+    lottery: LotteryConfig | None = None
 
     @model_validator(mode="after")
     def _check_method(self) -> "SparsityConfig":
@@ -219,6 +225,11 @@ class SparsityConfig(Section):
                 f"update.mode: replace is RigL's and SET's; {self.algorithm} updates its weights "
                 "in every step: set update.mode: follow"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_init_mask(self) -> "SparsityConfig":
+        check_init_mask(self)
         return self
 
     @model_validator(mode="after")

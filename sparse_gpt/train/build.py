@@ -16,7 +16,7 @@ from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import inverse_power, resolve_kernel
 from sparse_gpt.run_method import method_of
 from sparse_gpt.sparse_units import Solution
-from sparse_gpt.topology.controller import TopologyController
+from sparse_gpt.topology.controller import SavedMasks, TopologyController
 from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
@@ -169,10 +169,10 @@ def controller_of(
     layers: dict[str, SparseLinear],
     units: dict[str, int],
     shards: Shards,
-    source: WeightSource | None,
+    saved: SavedMasks | None,
     world_size: int,
 ) -> TopologyController:
-    """The topology of a run, at its start. A collective."""
+    """The topology of a run, at its start: the method's own, or `saved`. A collective."""
     sparsity = config.sparsity
     return TopologyController(
         layers,
@@ -181,7 +181,7 @@ def controller_of(
         method_of(config, world_size),
         config.seed,
         shards,
-        saved=source if source is not None and source.layers else None,
+        saved=saved,
         whole_model=sparsity.update.scope == "model",
         hold_step=sparsity.update.mode == "replace",
         # The masked kernel is a dense product: weights outside the mask are zero already.

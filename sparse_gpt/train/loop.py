@@ -18,8 +18,8 @@ from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import FlopsLedger
-from sparse_gpt.sparse_units import solve
-from sparse_gpt.topology.controller import UpdateReport
+from sparse_gpt.sparse_units import scoring_cost, solve
+from sparse_gpt.topology.controller import SavedMasks, UpdateReport
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build
 from sparse_gpt.train.checkpoint import Checkpointer
@@ -34,6 +34,7 @@ from sparse_gpt.train.engine import (
 from sparse_gpt.train.evaluate import Evaluation, evaluate, to_device
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import StepHealth, clip_gradients, inspect_step
+from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
 from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.provenance import write_provenance
@@ -99,6 +100,9 @@ class Trainer:
     def _start(self, source: build.WeightSource | None) -> None:
         """Model, engine, topology: masks are drawn and applied where the masters are sharded."""
         config = self.config
+        lottery = config.sparsity.lottery
+        if source is None and lottery is not None and lottery.rewind is not None:
+            source = RewoundWeights(lottery.rewind)
         if source is not None:
             build.check_source(
                 self.gpt_config,
@@ -107,16 +111,32 @@ class Trainer:
                 source.tokenizer_sha256,
             )
         units = build.initial_units(self.solution, source)
+        finder = None
+        if config.sparsity.init_mask != "random":
+            counts = saved_counts(self.run_dir / "checkpoints", units)
+            if counts is None:
+                finder = MaskFinder(
+                    config, units, self.train_data, self.rank, self.world_size, self.device
+                )
+                cost = scoring_cost(config, self.vocab_size, self.solution)
+                self.state.flops_spent = config.batch(self.world_size) * cost
+            units = counts or units
         ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
         model = build_model(
             config, self.gpt_config, ds_config, build.initialiser(config, source, units)
         )
         layers = build.sparse_layers(model, units, config, self.device)
         torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
+        if finder is not None:
+            finder.before_engine(model)
         self.engine, self.optimizer = start_engine(model, config, ds_config)
         self.shards = shards_of(self.engine, self.optimizer)
+        saved: SavedMasks | None = source if source is not None and source.layers else None
+        if finder is not None:
+            saved = finder.find(self.engine, self.optimizer, self.shards)
+            units = saved.units
         self.controller = build.controller_of(
-            config, layers, units, self.shards, source, self.world_size
+            config, layers, units, self.shards, saved, self.world_size
         )
         self.shards.push_masters()
         masks = self.controller.masks
@@ -149,6 +169,8 @@ class Trainer:
         self.checkpointer.check_space(best=config.evaluation.patience is not None)
         on_first_rank(self._open_run_dir, "output_dir")
         try:
+            if state.step == 0 and config.sparsity.init_mask != "random":
+                self._log_first_topology()
             if state.step >= self.total_steps or state.finished:
                 self.metrics.say(f"nothing to do: the run ended at step {state.step}")
                 return state
@@ -367,6 +389,17 @@ class Trainer:
             "skipped_steps": self.state.skipped_steps,
         }
         self.metrics.log("train", step, values)
+
+    def _log_first_topology(self) -> None:
+        shares = [mask.active / mask.units for mask in self.controller.masks.values()]
+        values = {
+            "init_mask": self.config.sparsity.init_mask,
+            "sparsity": self.sparsity,
+            "flops_spent": self.state.flops_spent,
+            "least_kept": min(shares),
+            "most_kept": max(shares),
+        }
+        self.metrics.log("topology", 0, values)
 
     def _log_update(self, step: int, update: UpdateReport) -> None:
         self.sparsity = _sparsity(*self.controller.counts())

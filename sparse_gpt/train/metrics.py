@@ -30,6 +30,9 @@ FORMATS = {
     "sparsity": "{:.4f}",
     "churn": "{:.4f}",
     "drop_fraction": "{:.3f}",
+    "init_mask": "{}",
+    "least_kept": "{:.1%}",
+    "most_kept": "{:.1%}",
 }
 
 
