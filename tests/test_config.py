@@ -121,6 +121,31 @@ REFUSED = {
         },
         "dense_last gives layers other sparsities, but every layer of structure 2:4 has 0.5",
     ),
+    "n_m of changing counts": (
+        {
+            "sparsity": {
+                "sparsity": 0.5,
+                "algorithm": "gmp",
+                "structure": {"type": "n_m", "n": 2, "m": 4},
+            }
+        },
+        "algorithm: gmp: in this structure every group keeps its number",
+    ),
+    "rows of changing counts": (
+        {"sparsity": {"sparsity": 0.5, "algorithm": "granet", "structure": {"balanced": "row"}}},
+        "algorithm: granet: in this structure every group keeps its number",
+    ),
+    "n_m of half dense phases": (
+        {
+            "sparsity": {
+                "sparsity": 0.5,
+                "algorithm": "ac_dc",
+                "ac_dc": {"dense_sparsity": 0.25},
+                "structure": {"type": "n_m", "n": 2, "m": 4},
+            }
+        },
+        "use static, set, rigl, ac_dc with dense_sparsity: 0",
+    ),
     "n_m over the model": (
         {
             "sparsity": {

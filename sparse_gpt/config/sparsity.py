@@ -214,11 +214,12 @@ class SparsityConfig(Section):
                 raise ValueError("powerpropagation: blocks are scored by parameters, not weights")
         grouped = self.structure.n_m is not None or self.structure.balanced != "none"
         phased = self.algorithm == "ac_dc" and self.ac_dc.dense_sparsity
-        if grouped and (self.algorithm in ("gmp", "granet", "top_kast") or phased):
+        if grouped and (self.algorithm in ("gmp", "granet") or phased):
             raise ValueError(
                 f"algorithm: {self.algorithm}: in this structure every group keeps its number, but "
                 "the method has sets of other numbers; use static, set, rigl, ac_dc with "
-                "dense_sparsity: 0 or search_spaces, or structure.type: unstructured or block"
+                "dense_sparsity: 0, top_kast or search_spaces, or structure.type: unstructured or "
+                "block without structure.balanced"
             )
         if self.update.mode == "replace" and self.algorithm not in ("set", "rigl"):
             raise ValueError(

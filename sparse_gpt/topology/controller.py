@@ -163,14 +163,12 @@ class TopologyController:
         wrong = agreement.wrong_counts(self._all_masks(), self.shards)
         if wrong:
             raise UserError(f"the saved mask of {wrong[0]}")
-        # A dense phase has no groups.
-        if all(counts[name] == self.targets[name] for name in names):
-            units_of = self._units(names, 0, scored=False, whole_model=False)
-            if misfits := units_of.misfits(forward):
-                raise UserError(
-                    f"the saved mask of {misfits[0]} has not the same number in every group; keep "
-                    "sparsity.structure as it was"
-                )
+        misfits = self._units(names, 0, scored=False, whole_model=False).misfits(forward)
+        if misfits:
+            raise UserError(
+                f"the saved mask of {misfits[0]} has not the same number in every group; keep "
+                "sparsity.structure as it was"
+            )
         self.check_agreement()
 
     def zero_outside(self) -> None:

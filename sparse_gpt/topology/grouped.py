@@ -32,10 +32,10 @@ class _Grouped(Units):
     groups: Sequence[Groups]
 
     def pattern(self, score: Score, of: UnitSet, counts: Sequence[int]) -> UnitSet:
+        if of.sizes == list(counts):  # what is there is wanted, as in a dense phase
+            return of
         if of.sizes != of.totals:
             raise RuntimeError("a pattern of groups is chosen from all units, not from some: a bug")
-        if of.sizes == list(counts):  # all of them, as in a dense phase
-            return of
         nothing = ~of
         return self.grow(score, nothing, nothing, counts)
 

@@ -5,13 +5,13 @@ import pytest
 from safetensors.torch import load_file
 
 from sparse_gpt.topology.random import random_scores
-from tests.contracts.runs import run_config, trainer
+from tests.contracts.runs import WIDTH, after_every_step, masks, run_config, trainer
 from tests.contracts.test_injected import STEP, check_fragments, configuration, run, scores
 from tests.contracts.test_resume import state_digest
 from tests.ranks import run_ranks
 
 LAYOUTS = [(1, 0, "fp32", "none"), (2, 2, "fp32", "none")]
-BLOCK = (2, 4)
+BLOCK, LAYER = (2, 4), "h.0.attn.q.weight"
 
 
 def n_m(n, m, transposable=False):
@@ -94,20 +94,54 @@ def test_an_update_is_by_the_book_on_any_ranks(corpus, tmp_path, method, name):
 
 
 def train(corpus, out, changes):
-    with trainer(run_config(corpus, out, **changes)) as made:
+    """What this rank ends with, and active units of a layer after each step; all are allowed."""
+    seen = []
+    config = run_config(corpus, out, **changes)
+    with trainer(config) as made:
+
+        def look(step, health, update):
+            for mask in masks(made).values():
+                assert mask.all() or is_allowed(mask, changes["sparsity__structure"]), step
+            seen.append((step, int(made.controller.masks[LAYER].active), update is not None))
+
+        after_every_step(made, look)
         made.fit()
-        return state_digest(made), made.state.step
+        return state_digest(made), seen
 
 
-@pytest.mark.parametrize("name", ["2:4 transposable", "rows of blocks"])
-def test_a_run_resumes_bit_for_bit(corpus, tmp_path, name):
-    changes = STRUCTURES[name] | {
-        "sparsity__algorithm": "rigl",
+METHODS = {
+    "rigl": {"sparsity__update": {"freq": 2, "stop": 1.0}},
+    "ac_dc": {"sparsity__ac_dc": {"warmup": 0.15, "phase": 0.3}},
+    "top_kast": {
         "sparsity__update": {"freq": 2, "stop": 1.0},
-        "max_steps": 6,
-    }
+        "sparsity__top_kast": {"backward_sparsity": 0.25},
+        "optimizer__weight_decay": 0.0,
+    },
+    "search_spaces": {"sparsity__update": {"freq": 1, "stop": 1.0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        *((method, "2:4 transposable") for method in METHODS),
+        pytest.param("ac_dc", "rows of blocks", marks=pytest.mark.slow),
+        pytest.param("search_spaces", "2:4", marks=pytest.mark.slow),
+        pytest.param("top_kast", "rows", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_keeps_its_structure_and_resumes_bit_for_bit(corpus, tmp_path, method, name):
+    changes = STRUCTURES[name] | METHODS[method] | {"sparsity__algorithm": method, "max_steps": 8}
     whole = run_ranks(2, train, corpus, str(tmp_path / "whole"), changes)
-    parts = str(tmp_path / "parts")
-    stopped = run_ranks(2, train, corpus, parts, changes | {"stop_at": 3})
-    assert [step for _, step in stopped] == [3, 3]
-    assert run_ranks(2, train, corpus, parts, changes) == whole
+    seen = whole[0][1]
+    layer, final = WIDTH * WIDTH, seen[-1][1]
+    units = layer // 8 if "block" in name else layer
+    assert final == units * (0.5 if name.startswith("2:4") else 0.25)
+    assert {active for _, active, _ in seen} == ({final, units} if method == "ac_dc" else {final})
+    assert sum(update for _, _, update in seen) >= 2
+    for stop in (3, 8):
+        parts = changes | ({"stop_at": stop} if stop < 8 else {})
+        results = run_ranks(2, train, corpus, str(tmp_path / "parts"), parts)
+        first = 0 if stop == 3 else 3
+        assert [r[1] for r in results] == [w[1][first:stop] for w in whole]
+    assert [r[0] for r in results] == [w[0] for w in whole]

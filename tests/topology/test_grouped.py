@@ -288,8 +288,11 @@ def test_what_groups_cannot_be():
 def test_a_pattern_of_some_units_is_refused():
     made = as_layers([("2:4", (4, 8))], random.Random(5), 1)
     (units,) = on_ranks(1, made.units)
+    active = made.set_of(0, made.drawn())
+    assert units.pattern("random", active, made.counts) is active
+    less = active - units.best("random", active, [1])
     with pytest.raises(RuntimeError, match="from all units"):
-        units.pattern("random", made.set_of(0, made.drawn()), made.counts)
+        units.pattern("random", less, made.counts)
 
 
 @pytest.mark.parametrize("kind", ["rows", "2:4", "2:4T", "3:8T"])

@@ -10,7 +10,7 @@ from sparse_gpt.topology.units import Units, UnitSet
 
 @dataclass(frozen=True)
 class TopKAST(Method):
-    """A are the D units largest in magnitude of all, B those and the next largest M.
+    """A are the D units largest in magnitude of all, B those and the largest M of the others.
 
     Weights outside B keep their values, get no gradient and have no moments. The exploration
     regulariser is an L2 term on B, of `regulariser` on A and `regulariser / D` (D the density) on
@@ -43,8 +43,9 @@ class TopKAST(Method):
     def _sets(self, units: Units, everything: UnitSet, counts: list[int]) -> Sets:
         totals = [sum(everything.totals)] if units.whole_model else everything.totals
         trained = [self.trained_after(0, *pair) for pair in zip(counts, totals, strict=True)]
-        backward = units.best("largest magnitude", everything, trained)
-        return Sets(units.best("largest magnitude", backward, counts), backward)
+        forward = units.pattern("largest magnitude", everything, counts)
+        more = [many - active for many, active in zip(trained, counts, strict=True)]
+        return Sets(forward, forward | units.best("largest magnitude", ~forward, more))
 
     def regularisation(self) -> float:
         return self.regulariser
