@@ -1,5 +1,6 @@
 """What the steps of a run cost in its sparse layers, before it starts."""
 
+from collections import Counter
 from collections.abc import Iterable
 
 from sparse_gpt.config import RunConfig
@@ -25,16 +26,19 @@ def phases(config: RunConfig, units: Iterable[tuple[int, int]], world_size: int)
     method, size, pairs = method_of(config, world_size), config.block_size, list(units)
     dense = sum(every for kept, every in pairs if kept == every)
     layers = [(kept, every) for kept, every in pairs if kept < every]
-    model = [tuple(map(sum, zip(*layers)))] if config.sparsity.update.scope == "model" else layers
+    alike = Counter(layers)  # a model has a few kinds of layers
+    model = alike
+    if config.sparsity.update.scope == "model":
+        model = Counter([(sum(kept for kept, _ in layers), sum(every for _, every in layers))])
     found = scoring_phases(config, pairs)
     active = trained = 0
     for step in range(1, config.total_steps(world_size) + 1):
         moved = method.is_update(step - 1) or method.trains(step) != method.trains(step - 1)
         if step == 1 or moved:
             # The first topology is made a layer at a time.
-            of = layers if step == 1 else model
-            active = sum(method.active_after(step - 1, *pair) for pair in of)
-            trained = sum(method.trained_after(step - 1, *pair) for pair in of)
+            of = alike if step == 1 else model
+            active = sum(n * method.active_after(step - 1, *pair) for pair, n in of.items())
+            trained = sum(n * method.trained_after(step - 1, *pair) for pair, n in of.items())
         in_full = method.needs_dense_gradient(step)
         gradient = sum(every for _, every in layers) if in_full else trained
         each = size * (dense + active), size * (dense + gradient)

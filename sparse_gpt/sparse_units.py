@@ -79,7 +79,8 @@ def _solve_model(config: RunConfig, vocab_size: int) -> Solution:
         return run_cost(config, vocab_size, layers.solution(layers.share(total)))
 
     if cost(low) > budget:
-        raise UserError(_unsolvable(config, layers, Fraction(cost(low), budget)))
+        ratio = Fraction(cost(low), budget)
+        raise UserError(_unsolvable(config, layers, layers.solution(layers.share(low)), ratio))
     if cost(high) < budget:
         raise UserError(
             f"ift.iso_flop: model: {_described(config, dims)} with all its weights costs "
@@ -202,9 +203,10 @@ class _Layers:
         return {name: kept_units(total, sparsity.sparsity) for name, total in self.totals.items()}
 
     def share(self, total: int) -> dict[str, int]:
-        """`total` units over the layers, by the run's distribution."""
+        """`total` units over the layers; a global selection, not yet known, as if uniform."""
         sparsity = self.config.sparsity
         block, rule = sparsity.structure.block, sparsity.distribution
+        rule = "uniform" if rule == "global" else rule
         return distribute(self.shapes, total, block, rule, self.fixed)
 
     def solution(self, counts: Mapping[str, int]) -> Solution:
@@ -257,16 +259,14 @@ def _described(config: RunConfig, dims: Dims) -> str:
     return f"{config.ift.member} {nominal} (d_model {dims['d_model']}, {head} head)"
 
 
-def _unsolvable(config: RunConfig, layers: _Layers, ratio: Fraction) -> str:
+def _unsolvable(config: RunConfig, layers: _Layers, sparsest: Solution, ratio: Fraction) -> str:
     parts = ["attention scores", "softmax", "LM head"]
     parts += ["projections"] if "d_embed" in layers.dims else []
     parts += ["dense layers"] if layers.fixed or not layers.all_sparse else []
-    whole = sum(layers.totals.values()) * config.block_size
-    in_full = any(
-        phase.steps and whole in (phase.active, phase.gradient)
-        for phase in phases(config, [(1, total) for total in layers.totals.values()], 1)
-    )
-    parts += [f"the steps that {config.sparsity.algorithm} computes in full"] if in_full else []
+    kept = config.block_size * sum(kept for kept, _ in sparsest.units.values())
+    steps = phases(config, sparsest.units.values(), world_size=1)
+    more = any(max(phase.active, phase.gradient) > kept for phase in steps)
+    parts += [f"what {config.sparsity.algorithm} computes besides"] if more else []
     widens = config.ift.member == "wide"
     remedies = ["ift.head: project"] if widens and config.ift.head == "dense" else []
     remedies += ["ift.solve: width"] if widens else []

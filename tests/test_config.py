@@ -210,6 +210,18 @@ REFUSED = {
         {"sparsity__layer_sparsity": {"h.0.*": 0.5}},
         "set sparsity.sparsity, or param_filter",
     ),
+    "fixed and global": (
+        {"sparsity": {"distribution": "global", "sparsity": 0.5, "layer_sparsity": {"h.0.*": 0.1}}},
+        "layer_sparsity fixes numbers that distribution: global finds",
+    ),
+    "balanced and global": (
+        {"sparsity": {"distribution": "global", "structure": {"balanced": "row"}}},
+        "structure.balanced fixes numbers that distribution: global finds",
+    ),
+    "global by layer": (
+        {"sparsity": {"distribution": "global", "sparsity": 0.5, "algorithm": "gmp"}},
+        "need update.scope: model",
+    ),
     "own sparsity one": ({"sparsity__layer_sparsity": {"h.0.*": 1.0}}, "layer_sparsity"),
     "empty path": ({"data": [{"weight": 1.0}]}, "data.0.path"),
     "weight": ({"data": [{"path": "x", "weight": 0.0}]}, "data.0.weight"),

@@ -119,7 +119,7 @@ def test_what_no_sparsity_solves_is_refused(head, seq_len, ratio):
     assert f"is alone {ratio} the dense model" in text
     assert ("ift.head: project" in text) == (head == "dense")
     assert ("projections" in text) == (head == "project")
-    assert "in full" not in text
+    assert "besides" not in text
 
 
 def test_dense_gradients_are_paid_for():
@@ -137,10 +137,38 @@ def test_dense_gradients_are_paid_for():
         assert abs(run_cost(run, VOCAB, solution) / (100 * DENSE) - 1) < 1e-6
 
 
+@pytest.mark.parametrize("scope", ["layer", "model"])
+@pytest.mark.parametrize(
+    ("algorithm", "by", "more"),
+    [
+        ("granet", "sparsity", {}),
+        ("top_kast", "sparsity", {"top_kast": {"backward_sparsity": 0.7}}),
+        ("gmp", "width", {}),
+        ("ac_dc", "width", {}),
+        ("ac_dc", "sparsity", {"ac_dc": {"dense_sparsity": 0.7}}),
+        ("search_spaces", "width", {"search_spaces": {"exploit": "fix"}}),
+    ],
+)
+def test_dense_phases_and_larger_sets_are_paid_for(algorithm, by, more, scope):
+    update = {"freq": 10, "stop": 0.75, "scope": scope}
+    sparsity = {"sparsity": 0.75, "algorithm": algorithm, "update": update, **more}
+    ift = {**MODEL, "head": "project", "solve": by}
+    extra = {"optimizer": {"weight_decay": 0.0}} if algorithm == "top_kast" else {}
+    run = config(sparsity, ift=ift, max_steps=100, **extra)
+    plain = config({"sparsity": 0.75}, ift=ift, max_steps=100)
+    solution, cheaper = solve(run, VOCAB), solve(plain, VOCAB)
+    assert abs(run_cost(run, VOCAB, solution) / (100 * DENSE) - 1) < 1e-6
+    assert run_cost(plain, VOCAB, solution) < 100 * DENSE  # at its final sparsity throughout
+    if by == "width":
+        assert solution.dims["d_model"] < cheaper.dims["d_model"]
+    else:
+        assert solution.sparsity > cheaper.sparsity
+
+
 def test_what_dense_gradients_make_impossible_says_so():
     update = {"freq": 2, "stop": 1.0}
     sparsity = {"sparsity": 0.75, "algorithm": "rigl", "update": update}
-    with pytest.raises(UserError, match="the steps that rigl computes in full"):
+    with pytest.raises(UserError, match="what rigl computes besides"):
         solve(config(sparsity, ift=MODEL, max_steps=100), VOCAB)
 
 

@@ -153,9 +153,11 @@ class SparsityConfig(Section):
     """What is sparse, how much, and how the pattern moves.
 
     `distribution` shares the active weights out among the layers: the same share of each
-    (`uniform`), or Erdos-Renyi's. The first `dense_first` and last `dense_last` blocks stay dense,
-    and layers that `layer_sparsity` names (a glob: a sparsity) have their own; the others make up
-    for it, so that the number of active weights is always the uniform one's.
+    (`uniform`), Erdos-Renyi's, or what falls to them where the largest weights of the whole model
+    stay (`global`): at the start, or as a method prunes. The first `dense_first` and last
+    `dense_last` blocks stay dense, and layers that `layer_sparsity` names (a glob: a sparsity) have
+    their own; the others make up for it, so that the number of active weights is always the uniform
+    one's.
     """
 
     sparsity: Fraction = 0.0
@@ -163,7 +165,7 @@ class SparsityConfig(Section):
         "static", "set", "rigl", "gmp", "granet", "ac_dc", "top_kast", "search_spaces"
     ] = "static"
     structure: StructureConfig = StructureConfig()
-    distribution: Literal["uniform", "erdos_renyi"] = "uniform"
+    distribution: Literal["uniform", "erdos_renyi", "global"] = "uniform"
     dense_first: Annotated[int, Field(ge=0)] = 0
     dense_last: Annotated[int, Field(ge=0)] = 0
     layer_sparsity: dict[str, Fraction] = Field(default_factory=dict)
@@ -234,6 +236,22 @@ class SparsityConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _check_global(self) -> "SparsityConfig":
+        if self.distribution != "global":
+            return self
+        if self.layer_sparsity or self.structure.balanced != "none":
+            key = "layer_sparsity" if self.layer_sparsity else "structure.balanced"
+            raise ValueError(
+                f"{key} fixes numbers that distribution: global finds; leave one of them out"
+            )
+        if self.algorithm in ("gmp", "granet", "ac_dc") and self.update.scope != "model":
+            raise ValueError(
+                f"distribution: global and algorithm: {self.algorithm}, which prunes as it "
+                "trains, need update.scope: model"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_structure(self) -> "SparsityConfig":
         structure = self.structure
         if structure.n_m is not None:
@@ -245,7 +263,7 @@ class SparsityConfig(Section):
                     "1:4 or 2:8)"
                 )
             given = {
-                "distribution: erdos_renyi": self.distribution != "uniform",
+                f"distribution: {self.distribution}": self.distribution != "uniform",
                 "dense_first": self.dense_first,
                 "dense_last": self.dense_last,
                 "layer_sparsity": self.layer_sparsity,

@@ -67,9 +67,10 @@ class TopologyController:
     `layers`: sparse layers by the name of their weight. `units`: active units of each when the
     method is done. The first topology is the method's, or `saved`. Masters are masked;
     `Shards.push_masters` is left to the caller. `whole_model`: updates compare units across
-    layers. `hold_step`: whether an update replaces the optimizer step (RigL as published) or
-    follows it. `show_patterns`: whether the layers' kernels need to see the pattern; a dense
-    product over zeros does not.
+    layers. `global_start`: the first active units are the largest of the whole model, and every
+    layer's number is what falls to it. `hold_step`: whether an update replaces the optimizer step
+    (RigL as published) or follows it. `show_patterns`: whether the layers' kernels need to see the
+    pattern; a dense product over zeros does not.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class TopologyController:
         shards: Shards,
         saved: SavedMasks | None = None,
         whole_model: bool = False,
+        global_start: bool = False,
         hold_step: bool = False,
         show_patterns: bool = False,
     ) -> None:
@@ -99,27 +101,36 @@ class TopologyController:
         self._report: UpdateReport | None = None
         self._dense_gradients = False
         if saved is None:
-            self._draw()
+            self._draw(global_start)
         else:
             self.load(self.read(saved), units)
 
-    def _draw(self) -> None:
+    def _draw(self, global_start: bool) -> None:
         """The first topology, from (seed, layer name), or from the first weights."""
         names = list(self.layers)
         self.masks = {name: self._empty_mask(name) for name in names}
         if not names:
             return
         # Random units are drawn a layer at a time: nothing compares layers yet.
-        compares = self.method.stores_all
-        units = self._units(names, 0, compares, compares and self.whole_model)
+        compares = self.method.stores_all or global_start
+        units = self._units(names, 0, compares, compares and (self.whole_model or global_start))
         empty = [self.masks[name] for name in names]
         nothing = UnitSet([m.bits for m in empty], [0] * len(names), [m.units for m in empty])
         counts = [
             self.method.active_after(0, self.targets[name], mask.units)
             for name, mask in self.masks.items()
         ]
+        final = sum(counts) == sum(self.targets.values())
         counts = [sum(counts)] if units.whole_model else counts
-        self._install(names, self.method.start(units, ~nothing, counts))
+        if not global_start or self.method.stores_all:
+            sets = self.method.start(units, ~nothing, counts)
+        else:
+            sets = Sets(units.best("largest magnitude", ~nothing, counts))
+        if global_start:
+            sizes = dict(zip(names, sets.forward.sizes, strict=True))
+            _check_none_is_empty(sizes)
+            self.targets = sizes if final else self.targets
+        self._install(names, sets)
 
     def read(self, saved: SavedMasks, trained: bool = False) -> dict[str, Bits]:
         """What this rank holds of saved masks, A or B. Changes nothing; no collective."""
@@ -353,15 +364,18 @@ class TopologyController:
             return ShardedUnits(names, parts, self.shards.sum_over_ranks, key, whole_model)
         scores = {}
         if scored:
-            scores["magnitude"] = self._block_scores(names, [(p.start, p.master) for p in parts])
+            masters = [(part.start, part.master) for part in parts]
+            scores["magnitude"] = self._block_scores(names, masters, whole_model)
         if dense:
             gradients = [(p.start, p.gradient) for p in parts if p.gradient is not None]
-            scores["gradient"] = self._block_scores(names, gradients)
+            scores["gradient"] = self._block_scores(names, gradients, whole_model)
         if groups:
             return GroupedBlocks(names, scores, key, groups)
         return BlockUnits(names, scores, key, whole_model)
 
-    def _block_scores(self, names: list[str], parts: list[tuple[int, Tensor]]) -> list[Tensor]:
+    def _block_scores(
+        self, names: list[str], parts: list[tuple[int, Tensor]], whole_model: bool
+    ) -> list[Tensor]:
         return block_scores(
             parts,
             [self.masks[name].shape for name in names],
@@ -370,7 +384,7 @@ class TopologyController:
             self.shards.sum_over_ranks,
             self.shards.max_over_ranks,
             self.shards.state_device,
-            common_scale=self.whole_model,
+            common_scale=whole_model,
         )
 
     def _install(
@@ -438,6 +452,18 @@ class TopologyController:
     def check_agreement(self) -> None:
         """Raise if masks do not have the counts they must, or ranks disagree. A collective."""
         agreement.check(self._all_masks(), self.shards)
+
+
+def _check_none_is_empty(sizes: dict[str, int]) -> None:
+    empty = [name for name, size in sizes.items() if size == 0]
+    if empty:
+        raise UserError(
+            f"sparsity.distribution: global leaves {len(empty)} layers without an active weight "
+            f"({empty[0]}, ...): all their first weights are smaller than others'. Residual "
+            "layers are drawn sqrt(2 n_layer) times smaller: start from trained weights "
+            "(init_from), prune while training (algorithm gmp, granet, ac_dc), or set another "
+            "distribution"
+        )
 
 
 def _matrix(shards: Shards, name: str) -> tuple[int, int]:

@@ -183,6 +183,7 @@ def controller_of(
         shards,
         saved=saved,
         whole_model=sparsity.update.scope == "model",
+        global_start=sparsity.distribution == "global",
         hold_step=sparsity.update.mode == "replace",
         # The masked kernel is a dense product: weights outside the mask are zero already.
         show_patterns=sparsity.kernel not in ("auto", "masked"),

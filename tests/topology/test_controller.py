@@ -106,6 +106,36 @@ def test_what_regrows_in_a_layer_that_lost_everything_starts_at_zero(block):
         assert not tensor.any()
 
 
+@pytest.mark.parametrize("block", [(1, 1), (2, 2)])
+def test_a_global_start_keeps_the_largest_of_the_model(block):
+    shards, size = PlainShards(), block[0] * block[1]
+    for i, name in enumerate(NAMES):
+        shards.fragments[name].master.mul_(1 + i / 10)
+    weights = torch.stack([shards.fragments[name].master.view(8, 8) for name in NAMES])
+    made = controller(shards, block, 32 // size, global_start=True)
+    # Scores of 2 x 2 blocks are their norms.
+    scores = torch.nn.functional.avg_pool2d(weights.double()[:, None] ** 2, block)[:, 0]
+    kept = torch.zeros(scores.numel(), dtype=torch.bool)
+    kept[scores.flatten().argsort(descending=True)[: 8 * 32 // size]] = True
+    kept = kept.view(8, -1)
+    for name, expected in zip(NAMES, kept, strict=True):
+        assert torch.equal(made.masks[name].bits.flags().bool(), expected)
+        assert made.targets[name] == made.masks[name].active == int(expected.sum())
+    assert sum(made.targets.values()) == 8 * 32 // size
+    assert len(set(made.targets.values())) > 1
+    # Updates keep the numbers that were found.
+    found = dict(made.targets)
+    update(made, 1)
+    assert {name: mask.active for name, mask in made.masks.items()} == found
+
+
+def test_a_global_start_that_empties_a_layer_is_refused():
+    shards = PlainShards()
+    shards.fragments["c"].master.mul_(1e-3)
+    with pytest.raises(UserError, match=r"1 layers without an active weight \(c, "):
+        controller(shards, global_start=True)
+
+
 def test_scores_that_are_not_finite_name_the_step():
     shards = PlainShards()
     made = controller(shards)
