@@ -9,7 +9,7 @@ from sparse_gpt.config_file import validate
 from sparse_gpt.errors import UserError
 from sparse_gpt.ift.iso_flop import residual
 from sparse_gpt.model.flops import sequence_flops
-from sparse_gpt.sparse_units import Solution, base_cost, run_cost, solve
+from sparse_gpt.sparse_units import Solution, base_cost, run_cost, scoring_cost, solve
 
 VOCAB = 50257
 DENSE = 876_303_876_096  # GPT-3 Small, S = 1024: Table 17
@@ -163,6 +163,16 @@ def test_dense_phases_and_larger_sets_are_paid_for(algorithm, by, more, scope):
         assert solution.dims["d_model"] < cheaper.dims["d_model"]
     else:
         assert solution.sparsity > cheaper.sparsity
+
+
+def test_scoring_a_first_topology_is_paid_for():
+    sparsity = {"sparsity": 0.75, "init_mask": "snip", "scoring": {"batches": 3}}
+    run = config(sparsity, ift=MODEL, max_steps=100)
+    solution = solve(run, VOCAB)
+    dense = sequence_flops(solution.dims, 1024, VOCAB).total
+    assert scoring_cost(run, VOCAB, solution) == 3 * dense
+    assert total(solution) < 27_462_912
+    assert abs(run_cost(run, VOCAB, solution) / (100 * DENSE) - 1) < 1e-6
 
 
 def test_what_dense_gradients_make_impossible_says_so():
