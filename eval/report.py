@@ -231,20 +231,27 @@ def _perplexity(value: float | None) -> str:
     return "over 1e308" if value is None else f"{value:,.3f}"
 
 
+# What costs as much as in the dense model: each sparsified layer, or the whole run.
+ISO_FLOP = {"layer": "iso-FLOP per layer", "model": "iso-FLOP whole run"}
+
+
 def _name(result: Result) -> str:
     return result["model"]["name"]
 
 
 def _origin(result: Result) -> tuple[str, str, str]:
-    """Transformation, sparsity and method as the exporter recorded them, or dashes."""
+    """Transformation (and what is iso-FLOP), sparsity and method, as exported; or dashes."""
     metadata = result["model"].get("sparse_gpt") or {}
     config = metadata.get("config") or {}
     sparsity = metadata.get("sparsity")
     if not isinstance(sparsity, int | float):
         return "-", "-", "-"
-    member = (config.get("ift") or {}).get("member", "none")
+    ift = config.get("ift") or {}
+    member = ift.get("member", "none")
     method = (config.get("sparsity") or {}).get("algorithm", "-") if sparsity else "-"
     name = f"sparse {member}" if member != "none" else ("sparse" if sparsity else "dense")
+    if member != "none" and ift.get("iso_flop") in ISO_FLOP:
+        name += f" ({ISO_FLOP[ift['iso_flop']]})"
     return name, f"{100 * sparsity:.1f}%", method
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_gpt.config_file import read_tree
 from sparse_gpt.errors import UserError
 
 
@@ -18,12 +19,14 @@ class RunCurve:
     losses: list[float]
     sparsity: float
     updates: int
+    iso_flop: str  # "per layer", "whole run", or "-"
 
     def row(self, baseline: "RunCurve") -> dict[str, Any]:
         """The table's row; `flops_ratio` and `loss_difference` are against the first run."""
         return {
             "run": self.name,
             "sparsity": self.sparsity,
+            "iso_flop": self.iso_flop,
             "tokens": self.tokens[-1],
             "flops": self.flops[-1],
             "flops_ratio": self.flops[-1] / baseline.flops[-1],
@@ -50,11 +53,20 @@ def read_run(folder: Path) -> RunCurve:
             losses=[float(point["loss"]) for point in points],
             sparsity=trained[-1]["sparsity"],
             updates=sum(record["kind"] == "topology" for record in records),
+            iso_flop=_iso_flop(folder / "config.yaml"),
         )
     except FileNotFoundError:
         raise UserError(f"{folder} is no run folder: it has no metrics.jsonl") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a log of a run ({error!r})") from None
+
+
+def _iso_flop(config: Path) -> str:
+    """What of a run costs as much as in the dense model, by its resolved configuration."""
+    ift = (read_tree(config).get("ift") or {}) if config.is_file() else {}
+    if ift.get("member", "none") == "none":
+        return "-"
+    return {"layer": "per layer", "model": "whole run"}.get(ift.get("iso_flop", "layer"), "-")
 
 
 def compare(folders: list[Path], out: Path) -> str:
@@ -75,14 +87,14 @@ def compare(folders: list[Path], out: Path) -> str:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The ledger as a table: one seed a row, no significance is claimed."""
     lines = [
-        "| run | sparsity | tokens | FLOPs | FLOPs ratio | topology updates | validation loss | "
-        "difference |",
-        "|---|---|---|---|---|---|---|---|",
+        "| run | sparsity | iso-FLOP | tokens | FLOPs | FLOPs ratio | topology updates | "
+        "validation loss | difference |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row['run']} | {row['sparsity']:.2%} | {row['tokens']:,} | {row['flops']:.4e} | "
-        f"{row['flops_ratio']:.3f} | {row['topology_updates']} | {row['validation_loss']:.4f} | "
-        f"{row['loss_difference']:+.4f} |"
+        f"| {row['run']} | {row['sparsity']:.2%} | {row['iso_flop']} | {row['tokens']:,} | "
+        f"{row['flops']:.4e} | {row['flops_ratio']:.3f} | {row['topology_updates']} | "
+        f"{row['validation_loss']:.4f} | {row['loss_difference']:+.4f} |"
         for row in rows
     ]
     return "\n".join(lines) + "\n"

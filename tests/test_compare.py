@@ -30,13 +30,17 @@ def write_log(folder, flops, losses, sparsity, updates=0):
 def test_rows_and_files(tmp_path):
     dense = write_log(tmp_path / "dense", 1000, [5.0, 4.0], 0.0)
     sparse = write_log(tmp_path / "sparse", 1500, [5.0, 3.5], 0.75, updates=3)
+    (sparse / "config.yaml").write_text("ift: {member: wide, iso_flop: model}\n")
     table = compare([dense, sparse], tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "comparison.json").read_text())
     assert rows[1]["flops_ratio"] == 1.5
     assert rows[1]["loss_difference"] == -0.5
     assert rows[1]["topology_updates"] == 3
     assert rows[1]["curve"] == [[100, 1500, 5.0], [200, 3000, 3.5]]
-    assert "| sparse | 75.00% | 200 | 3.0000e+03 | 1.500 | 3 | 3.5000 | -0.5000 |" in table
+    assert (
+        "| sparse | 75.00% | whole run | 200 | 3.0000e+03 | 1.500 | 3 | 3.5000 | -0.5000 |" in table
+    )
+    assert "| dense | 0.00% | - | 200 |" in table
     assert (tmp_path / "out" / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -7,6 +7,7 @@ total a model's FLOPs stay too.
 """
 
 import heapq
+import math
 from collections.abc import Mapping
 from fractions import Fraction
 
@@ -16,7 +17,7 @@ RULES = ("uniform", "erdos_renyi")
 
 
 def distribute(
-    shapes: Mapping[str, tuple[int, int]],
+    shapes: Mapping[str, tuple[int, ...]],
     total: int,
     block: tuple[int, int] = (1, 1),
     rule: str = "uniform",
@@ -24,16 +25,17 @@ def distribute(
 ) -> dict[str, int]:
     """Units of every layer, `total` in all, at least one each; in the order of `shapes`.
 
-    `shapes`: `(out, in)` of the weights, by name; `fixed`: layers whose counts are given, which
-    the others make up for. `uniform` keeps the same share of every layer, `erdos_renyi` a share in
-    proportion to (out + in) / (out in), at most all (RigL, section 3). Raises `UserError` where the
-    others cannot make up for the fixed layers.
+    `shapes`: `(out, in)` of the weights, by name, of convolutions with their kernel behind;
+    `fixed`: layers whose counts are given, which the others make up for. `uniform` keeps the same
+    share of every layer, `erdos_renyi` at most all and else a share in proportion to
+    (out + in) / (out in), with kernels (out + in + h + w) / (out in h w) (RigL, section 3). Raises
+    `UserError` where the others cannot make up for the fixed layers.
     """
     if rule not in RULES:
         raise ValueError(f"rule {rule!r} is none of {', '.join(RULES)}")
     fixed = fixed or {}
     size = block[0] * block[1]
-    units = {name: out * inner // size for name, (out, inner) in shapes.items()}
+    units = {name: math.prod(shape) // size for name, shape in shapes.items()}
     rest = {name: count for name, count in units.items() if name not in fixed}
     left = total - sum(fixed[name] for name in units if name in fixed)
     if not len(rest) <= left <= sum(rest.values()):

@@ -40,7 +40,10 @@ def cells(table: str, start: str) -> list[str]:
 def test_the_leaderboard_table_has_the_shape_of_table_15() -> None:
     metadata = {
         "sparsity": 0.74996,
-        "config": {"ift": {"member": "wide"}, "sparsity": {"algorithm": "set"}},
+        "config": {
+            "ift": {"member": "wide", "iso_flop": "model"},
+            "sparsity": {"algorithm": "set"},
+        },
     }
     sparse = leaderboard_result("sw75", SPARSE)
     sparse["model"]["sparse_gpt"] = metadata
@@ -54,7 +57,7 @@ def test_the_leaderboard_table_has_the_shape_of_table_15() -> None:
         "dense", "dense", "0.0%", "-", "leaderboard", "20.8 ± 3.0", "27.2 ± 3.0", "47.0 ± 3.0",
         "24.6 ± 3.0", "49.4 ± 3.0", "33.8 ± 1.0",
     ]  # fmt: skip
-    assert cells(scores, "sw75")[1:4] == ["sparse wide", "75.0%", "set"]
+    assert cells(scores, "sw75")[1:4] == ["sparse wide (iso-FLOP whole run)", "75.0%", "set"]
     assert cells(differences, "sw75")[1:] == [
         "+1.3 ± 4.2", "+0.6 ± 4.2", "+0.5 ± 4.2", "+1.0 ± 4.2", "+1.0 ± 4.2", "+0.9 ± 1.4",
     ]  # fmt: skip

@@ -54,6 +54,13 @@ def test_erdos_renyi_by_hand():
     assert distribute(SHAPES, 480, rule="erdos_renyi") == {"q": 64, "fc1": 208, "fc2": 208}
 
 
+def test_erdos_renyi_kernel_by_hand():
+    # 4 + 4 + 3 + 3 and 2 + 4 + 1 + 1 of 144 and 8 weights.
+    shapes = {"conv": (4, 4, 3, 3), "point": (2, 4, 1, 1)}
+    assert distribute(shapes, 11, rule="erdos_renyi") == {"conv": 7, "point": 4}
+    assert distribute(shapes, 100, rule="erdos_renyi") == {"conv": 92, "point": 8}
+
+
 def test_blocks_are_the_units():
     assert distribute(SHAPES, 36, (4, 4)) == {"q": 4, "fc1": 16, "fc2": 16}
     assert distribute(SHAPES, 12, (4, 4), "erdos_renyi") == {"q": 2, "fc1": 5, "fc2": 5}
