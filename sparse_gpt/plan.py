@@ -191,6 +191,7 @@ def _update_cost(
         ranks,
         whole_model=whole_model,
         batches=batches,
+        grouped=config.sparsity.structure.grouped,
     )
 
 

@@ -47,6 +47,11 @@ class StructureConfig(Section):
         return None if self.n is None or self.m is None else (self.n, self.m)
 
     @property
+    def grouped(self) -> bool:
+        """Whether there are groups that keep their number."""
+        return self.type == "n_m" or self.balanced != "none"
+
+    @property
     def divisors(self) -> tuple[int, int]:
         """What must divide the rows and the columns of a weight."""
         if self.m is None:
@@ -214,9 +219,8 @@ class SparsityConfig(Section):
                 )
             if self.structure.type == "block":
                 raise ValueError("powerpropagation: blocks are scored by parameters, not weights")
-        grouped = self.structure.n_m is not None or self.structure.balanced != "none"
         phased = self.algorithm == "ac_dc" and self.ac_dc.dense_sparsity
-        if grouped and (self.algorithm in ("gmp", "granet") or phased):
+        if self.structure.grouped and (self.algorithm in ("gmp", "granet") or phased):
             raise ValueError(
                 f"algorithm: {self.algorithm}: in this structure every group keeps its number, but "
                 "the method has sets of other numbers; use static, set, rigl, ac_dc with "
@@ -273,7 +277,7 @@ class SparsityConfig(Section):
                     f"{key} gives layers other sparsities, but every layer of structure {n}:{m} "
                     f"has {1 - n / m:.6g}; leave it out, and layers dense by param_filter"
                 )
-        if self.update.scope == "model" and (structure.n_m or structure.balanced != "none"):
+        if self.update.scope == "model" and structure.grouped:
             raise ValueError(
                 "update.scope: model moves weights between layers, but in this structure every "
                 "group keeps its number; set update.scope: layer"

@@ -23,6 +23,8 @@ _LAUNCHES = 170
 # its operands (GPU): keys, comparisons and packing of a selection by magnitude, by gradient or by
 # random scores; and zeroing the master and both moments.
 _MAGNITUDE, _GRADIENT, _RANDOM, _ZERO = 40, 32, 96, 51
+# Bytes a weight of the one layer whose groups are being solved: keys, sets, benefits in tiles.
+_LAYER = 40
 # AdamW reads and writes the master and both moments, and reads the gradient.
 _ADAM = 28
 
@@ -60,16 +62,22 @@ def update_cost(
     on_gpu: bool = True,
     whole_model: bool = False,
     batches: int = 1,
+    grouped: bool = False,
 ) -> UpdateCost:
     """Cost with `weights` in each sparse layer, sharded over `ranks` (1 where they are not).
 
     `parameters`: of the whole model, which the optimizer's shard is a part of. `whole_model`: the
     scope of the selection. `batches`: optimizer steps in an engine's step, each with its own
-    exchanges (ZeRO 3 makes one a 10^9 weights of a rank).
+    exchanges (ZeRO 3 makes one a 10^9 weights of a rank). `grouped`: N:M or balanced rows, whose
+    scores are put together a layer at a time; what solving groups takes is not in `launches` and
+    `touched` (benchmarks/n_m.py measures it).
     """
     layers, shard = len(weights), -(-sum(weights) // ranks)
     by_gradient, many = method.growth == "gradient", len(method.selects)
     sampled = many - method.selects.count("random")
+    apart = grouped and block_size == 1 and many > 0
+    if apart:  # the choice in groups, of growth or of a whole pattern, is no selection over shards
+        many, sampled = many - 1, sampled - ("random" not in method.selects)
     vectors = 1 + by_gradient
     counts = 2 * 8 * layers  # grown units, and active ones to check them
     if block_size == 1:
@@ -87,6 +95,12 @@ def update_cost(
         payload = vectors * (8 * units + 4 * layers) + 2 * 8
         exchanges = 2 * vectors
         extra = (2 * vectors + 1) * 8 * units
+    if apart:
+        # Keys of 4 bytes, where they are not random, and what was dropped, where anything was.
+        keys, flags = "random" not in method.selects, "smallest magnitude" in method.selects
+        payload += sum(weights) * (4 * keys + flags)
+        exchanges += layers * (keys + flags)
+        extra += _LAYER * max(weights)
     if method.stores_all:  # layers get their patterns, one after the other
         payload += sum(weights) // block_size
         exchanges += layers

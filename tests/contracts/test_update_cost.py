@@ -31,13 +31,13 @@ def measure(corpus, out, config_changes, width=WIDTH, spoil=None):
         controller = made.controller
         inner = controller._on_stepped
 
-        def on_stepped(step):
+        def on_stepped(*step):
             if not controller._batches[controller._next_batch]:
-                inner(step)
+                inner(*step)
                 return
             with counted_traffic() as traffic, PeakMemory() as memory:
                 kept = spoil(made) if spoil else None
-                inner(step)
+                inner(*step)
                 del kept
             found.update(peak=memory.peak, largest=memory.largest, calls=dict(traffic.calls))
             found.update(payload=traffic.payload, sent=traffic.bytes)
@@ -133,6 +133,19 @@ def test_traffic_is_counted_and_as_predicted(corpus, tmp_path, method):
     first = sum(sent[2, 1, WIDTH])
     for payload in sent.values():
         assert sum(payload) == pytest.approx(first, rel=0.25)
+
+
+@pytest.mark.parametrize(("method", "transposable"), [("set", True), ("rigl", False)])
+def test_scores_of_groups_travel_a_layer_at_a_time(corpus, tmp_path, method, transposable):
+    structure = {"type": "n_m", "n": 2, "m": 8, "transposable": transposable}
+    changes = {"sparsity__algorithm": method, "sparsity__structure": structure}
+    for found in run_ranks(2, measure, corpus, str(tmp_path / "run"), changes):
+        payload, weights = found["payload"] + found["check"], found["weights"]
+        cost = update_cost(METHODS[method], weights, 1, 10**7, 2, on_gpu=False, grouped=True)
+        assert cost.exchanges - 2 <= len(payload) <= cost.exchanges
+        assert 0.9 * cost.payload < sum(payload) <= cost.payload
+        assert max(payload) <= LAYER_BYTES
+        assert 0.3 * cost.extra < found["peak"] <= cost.extra
 
 
 def blocks(corpus, out, config_changes):
