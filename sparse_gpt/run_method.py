@@ -1,11 +1,13 @@
 """The sparse training method of a run: asked by the plan and by the topology."""
 
+from itertools import pairwise
 from typing import Any
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import fraction_of_steps
 from sparse_gpt.topology.methods import METHODS, Method
+from sparse_gpt.topology.methods.ac_dc import ACDC
 from sparse_gpt.topology.schedule import UpdateSchedule
 
 
@@ -36,4 +38,12 @@ def method_of(config: RunConfig, world_size: int) -> Method:
             f"{schedule.freq} steps before step {schedule.stop}, which a run of {steps} steps has "
             "not; lower sparsity.update.freq or sparsity.update.stop"
         )
+    if isinstance(method, ACDC):
+        ends = (0, *method.switches, steps)
+        if any(later <= earlier for earlier, later in pairwise(ends)):
+            raise UserError(
+                f"sparsity.ac_dc: a run of {steps} steps has phases without a step; raise "
+                "max_steps or max_tokens, or make sparsity.ac_dc.phase (and warmup, last_dense, "
+                "last_sparse) larger"
+            )
     return method

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from sparse_gpt.config.init_mask import LotteryConfig, ScoringConfig, check_init_mask
 from sparse_gpt.config.section import Fraction, Positive, Section
+from sparse_gpt.ift.wide import exact
 
 
 class StructureConfig(Section):
@@ -105,7 +106,8 @@ class GraNetConfig(Section):
 class ACDCConfig(Section):
     """AC/DC's phases, as fractions of the run (FACTS section 5); `update` is not looked at.
 
-    `dense_sparsity`: least sparsity of the dense phases (sparse decompression). `reset_moments`:
+    `dense_sparsity`: least sparsity of the dense phases after sparse ones (sparse decompression;
+    the warm-up is dense). `reset_moments`:
     Adam's moments of sparse weights are zeroed at every switch.
     """
 
@@ -118,7 +120,8 @@ class ACDCConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "ACDCConfig":
-        if self.warmup + self.phase + self.last_dense + self.last_sparse > 1.0:
+        parts = (self.warmup, self.phase, self.last_dense, self.last_sparse)
+        if sum(map(exact, parts)) > 1:
             raise ValueError("warmup, phase, last_dense and last_sparse together are more than 1")
         return self
 
@@ -252,6 +255,11 @@ class SparsityConfig(Section):
             raise ValueError(
                 f"distribution: global and algorithm: {self.algorithm}, which prunes as it "
                 "trains, need update.scope: model"
+            )
+        if self.algorithm == "top_kast" and self.update.scope != "model":
+            raise ValueError(
+                "distribution: global and algorithm: top_kast, whose trained set follows the "
+                "numbers of the layers, need update.scope: model"
             )
         return self
 

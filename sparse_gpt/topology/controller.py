@@ -121,15 +121,14 @@ class TopologyController:
             for name, mask in self.masks.items()
         ]
         final = sum(counts) == sum(self.targets.values())
-        counts = [sum(counts)] if units.whole_model else counts
         if not global_start or self.method.stores_all:
             sets = self.method.start(units, ~nothing, counts)
         else:
-            sets = Sets(units.best("largest magnitude", ~nothing, counts))
+            sets = Sets(units.best("largest magnitude", ~nothing, [sum(counts)]))
         if global_start:
             sizes = dict(zip(names, sets.forward.sizes, strict=True))
             _check_none_is_empty(sizes)
-            self.targets = sizes if final else self.targets
+            self.targets = sizes if final and not self.whole_model else self.targets
         self._install(names, sets)
 
     def read(self, saved: SavedMasks, trained: bool = False) -> dict[str, Bits]:
@@ -207,14 +206,13 @@ class TopologyController:
         return bool(self.layers) and (self.method.is_update(step) or self._is_behind(step))
 
     def _is_behind(self, step: int) -> bool:
-        masks = self.masks.values()
-        if not self.whole_model:
-            return any(
-                self.method.is_behind(step, mask.active, self.targets[name], mask.units)
-                for name, mask in self.masks.items()
-            )
-        active, units = sum(m.active for m in masks), sum(m.units for m in masks)
-        return self.method.is_behind(step, active, sum(self.targets.values()), units)
+        if not self.method.makes_up(step):
+            return False
+        missing = [
+            mask.active - self.method.active_after(step - 1, self.targets[name], mask.units)
+            for name, mask in self.masks.items()
+        ]
+        return sum(missing) != 0 if self.whole_model else any(missing)
 
     def grows_by_gradient(self, step: int) -> bool:
         """Whether step t needs dense weight gradients to grow by."""
@@ -258,13 +256,19 @@ class TopologyController:
         return finite
 
     def _regularise(self, name: str, fragment: Any, gradient: Tensor) -> None:
-        """Add the gradient of the method's L2 term: strength on A, strength / D on B beyond."""
+        """Add the gradient of the method's L2 term: strength on A, strength / D on B beyond.
+
+        D: the density of A in what updates compare, the layer or the whole model.
+        """
         strength = self.method.regularisation()
         if strength == 0.0:
             return
         forward, backward = self.masks[name], self.trained.get(name, self.masks[name])
         forward, backward = forward.on(gradient.device), backward.on(gradient.device)
         density = forward.active / forward.units
+        if self.whole_model:
+            masks = self.masks.values()
+            density = sum(mask.active for mask in masks) / sum(mask.units for mask in masks)
         for start, stop in chunks(gradient.numel(), gradient.device):
             at = (fragment.start + start, fragment.start + stop)
             inside = forward.flags(*at).float()
@@ -313,12 +317,15 @@ class TopologyController:
         """Move the topology of one batch of layers, and what is outside it. A collective."""
         names = self._batches[self._next_batch]
         self._next_batch += 1
-        if names and update:
-            self._update(names, step)
         for name in names if factor is not None else ():
             fragment = self.shards.fragment(name)
             if fragment is not None:
                 self.masks[name].scale_outside_(fragment.master, fragment.start, factor or 0.0)
+                if self.method.is_fixed(step):
+                    moments = [fragment.exp_avg, fragment.exp_avg_sq]
+                    self.masks[name].zero_outside_(moments, fragment.start)
+        if names and update:
+            self._update(names, step)
 
     def _update(self, names: list[str], step: int) -> None:
         old = [self.masks[name] for name in names]

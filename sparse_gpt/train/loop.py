@@ -144,7 +144,6 @@ class Trainer:
         self.ledger = FlopsLedger.of(
             self.solution.dims, config.seq_len, self.vocab_size, active, self.gpt_config.transform
         )
-        self.sparsity = _sparsity(*self.controller.counts())
         self.checkpointer = Checkpointer(
             self.run_dir / "checkpoints",
             config.checkpoint.keep_last,
@@ -385,7 +384,7 @@ class Trainer:
             "tokens": self.state.tokens,
             **self.throughput.read(),
             "flops_spent": self.state.flops_spent,
-            "sparsity": self.sparsity,
+            "sparsity": _sparsity(*self.controller.counts()),
             "skipped_steps": self.state.skipped_steps,
         }
         self.metrics.log("train", step, values)
@@ -402,9 +401,8 @@ class Trainer:
         self.metrics.log("topology", 0, values)
 
     def _log_update(self, step: int, update: UpdateReport) -> None:
-        self.sparsity = _sparsity(*self.controller.counts())
         values = {
-            "sparsity": self.sparsity,
+            "sparsity": _sparsity(*self.controller.counts()),
             "churn": update.churn,
             "drop_fraction": self.controller.method.schedule.drop_fraction(step),
             "dropped": update.dropped,

@@ -14,10 +14,11 @@ class ACDC(Method):
 
     The run ends with a dense phase of `last_dense` and a sparse one of `last_sparse` (the authors'
     code: 75-85 and 85-100 epochs of 100). Compression keeps the largest magnitudes; the others
-    are exactly 0. In dense phases all weights take part, or, with `dense_sparsity` (sparse
-    decompression, paper 003 section 3.7), that many units less: what was active, and units drawn
-    at random, fixed for the phase. Weights that come back start at 0 with zero moments;
-    `reset_moments` zeroes those of all sparse weights at every switch.
+    and their moments are exactly 0. In dense phases all weights take part; with `dense_sparsity`
+    (sparse decompression, paper 003 section 3.7) those after a sparse phase leave that share out:
+    what was active stays, units drawn at random join it, and the set is fixed for the phase.
+    Weights that come back start at 0 with zero moments; `reset_moments` zeroes those of all
+    sparse weights at every switch.
     """
 
     total_steps: int = 1
@@ -51,9 +52,8 @@ class ACDC(Method):
     def update_index(self, step: int) -> int:
         return step
 
-    def is_behind(self, step: int, active: int, target: int, total: int) -> bool:
-        begun = step > self.switches[0]
-        return begun and active != self.active_after(step - 1, target, total)
+    def makes_up(self, step: int) -> bool:
+        return step > self.switches[0]
 
     def is_sparse(self, step: int) -> bool:
         """Whether the phase after step t is a sparse one."""
@@ -62,15 +62,19 @@ class ACDC(Method):
     def active_after(self, step: int, target: int, total: int) -> int:
         if self.is_sparse(step):
             return target
+        if step < self.switches[0]:
+            return total
         return max(target, round((1 - Fraction(str(self.dense_sparsity))) * total))
 
     def update(self, units: Units, sets: Sets, targets: list[int], step: int) -> Update:
         active = sets.forward
         counts = counts_after(self, units, active, targets, step)
-        if self.is_sparse(step):
+        sizes = [sum(active.sizes)] if units.whole_model else active.sizes
+        if sizes == counts:  # a whole phase was missed
+            return Update(sets, 0)
+        if sum(sizes) > sum(counts):
             kept = units.pattern("largest magnitude", active, counts)
             return Update(Sets(kept), sum(active.sizes) - sum(kept.sizes))
-        sizes = [sum(active.sizes)] if units.whole_model else active.sizes
         missing = [many - there for many, there in zip(counts, sizes, strict=True)]
         return Update(Sets(active | units.best("random", ~active, missing)), 0)
 

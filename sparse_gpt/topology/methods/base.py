@@ -40,8 +40,9 @@ class Method(ABC):
     - `trains`: in step t B is A (`forward`), a set of its own (`more`), or every weight (`all`).
 
     Counts are pure functions of the step: `active_after(t)` is |A| once step t is done (0: at the
-    start) of a layer of `total` units whose final number is `target`; the forward pass of step t
-    uses A as step t - 1 left it. The ledger and the plan count by them.
+    start) of a layer of `total` units whose final number is `target`, and its sum over layers
+    where updates compare the whole model; the forward pass of step t uses A as step t - 1 left
+    it. The ledger and the plan count by them.
     """
 
     schedule: UpdateSchedule
@@ -74,7 +75,7 @@ class Method(ABC):
         return total if everything else self.active_after(step, target, total)
 
     def start(self, units: Units, everything: UnitSet, counts: list[int]) -> Sets:
-        """The first sets: `counts` units of every layer at random. A collective."""
+        """The first sets, of `counts` units of each layer: drawn at random. A collective."""
         return Sets(units.pattern("random", everything, counts))
 
     def update(self, units: Units, sets: Sets, targets: list[int], step: int) -> Update:
@@ -85,9 +86,9 @@ class Method(ABC):
         """A number of the update of step t, from 1: what random choices are keyed on."""
         return self.schedule.update_index(step)
 
-    def is_behind(self, step: int, active: int, target: int, total: int) -> bool:
-        """Whether |A| before step t is not what it should be: the step that should have made it
-        so was not finite."""
+    def makes_up(self, step: int) -> bool:
+        """Whether an update is due in step t if |A| is not `active_after(t - 1)`: the step that
+        should have made it so was not finite."""
         return False
 
     def resets_moments(self, step: int) -> bool:
@@ -95,21 +96,32 @@ class Method(ABC):
         return False
 
     def outside_factor(self, step: int) -> float | None:
-        """What weights outside A are multiplied with after step t; None: they are left alone."""
+        """What weights outside the A of step t are multiplied with after the optimizer has moved
+        them, and before A changes; None: they are left alone."""
         return None
 
+    def is_fixed(self, step: int) -> bool:
+        """Whether what is outside A stays 0 from step t on, moments included, though it was kept
+        before."""
+        return False
+
     def regularisation(self) -> float:
-        """Strength of an L2 term on B that is added to the gradient (Top-KAST)."""
+        """lambda of a term lambda / 2 |w|^2 on A, and lambda / (2 D) |w|^2 on the rest of B,
+        whose gradient joins the loss's; D is the density of A. 0: there is none."""
         return 0.0
 
 
 def counts_after(
     method: Method, units: Units, of: UnitSet, targets: list[int], step: int
 ) -> list[int]:
-    """|A| after step t for `Units.best`: one a layer, or one in all for the whole model."""
-    if units.whole_model:
-        return [method.active_after(step, sum(targets), sum(of.totals))]
-    return [method.active_after(step, *pair) for pair in zip(targets, of.totals, strict=True)]
+    """|A| after step t for `Units.best`: one a layer, or their sum for the whole model."""
+    counts = [method.active_after(step, *pair) for pair in zip(targets, of.totals, strict=True)]
+    return compared(units, counts)
+
+
+def compared(units: Units, counts: list[int]) -> list[int]:
+    """Layers' counts as `Units.best` takes them: their sum where the whole model is compared."""
+    return [sum(counts)] if units.whole_model else counts
 
 
 def drop_and_grow(units: Units, active: UnitSet, fraction: float, growth: Score) -> Update:

@@ -40,9 +40,8 @@ class GMP(Method):
             return first
         return cubic(at, 0, self.schedule.last_update(self.schedule.stop), first, target)
 
-    def is_behind(self, step: int, active: int, target: int, total: int) -> bool:
-        begun = self.schedule.last_update(step - 1) > 0
-        return begun and active != self.active_after(step - 1, target, total)
+    def makes_up(self, step: int) -> bool:
+        return self.schedule.last_update(step - 1) > 0
 
     def update(self, units: Units, sets: Sets, targets: list[int], step: int) -> Update:
         counts = counts_after(self, units, sets.forward, targets, step)

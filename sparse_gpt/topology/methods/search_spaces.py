@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from sparse_gpt.topology.methods.base import Method, Sets, Update
+from sparse_gpt.topology.methods.base import Method, Sets, Update, compared
 from sparse_gpt.topology.units import Units, UnitSet
 
 
@@ -11,9 +11,11 @@ from sparse_gpt.topology.units import Units, UnitSet
 class SearchSpaces(Method):
     """The largest magnitudes take part in the loss; the optimizer moves every weight.
 
-    Weights that do not take part (n) are then kept from adding noise, by `exploit`: `fix` stops
-    rewiring in step v and makes them 0 for good; `reset` makes them 0 every z steps;
-    `regularize` takes beta of them away after every step.
+    Weights that did not take part in a step (n) are then kept from adding noise, by `exploit`:
+    `fix` stops rewiring in step v and makes them 0 for good, with their moments; `reset` makes
+    them 0 every z steps; `regularize` takes beta of them away after every step. That comes before
+    the next choice: reset in every step, they never take part (section 3.2). Their moments are
+    the optimizer's own until `fix`.
     """
 
     exploit: Literal["fix", "reset", "regularize"] = "reset"
@@ -26,25 +28,25 @@ class SearchSpaces(Method):
     selects = ("largest magnitude",)
 
     def trains(self, step: int) -> Literal["forward", "more", "all"]:
-        return "forward" if self._fixed(step - 1) else "all"
+        return "forward" if self.is_fixed(step - 1) else "all"
 
-    def _fixed(self, step: int) -> bool:
+    def is_fixed(self, step: int) -> bool:
         return self.exploit == "fix" and step >= self.v
 
     def is_update(self, step: int) -> bool:
-        return super().is_update(step) and not self._fixed(step)
+        return super().is_update(step) and not self.is_fixed(step)
 
     def start(self, units: Units, everything: UnitSet, counts: list[int]) -> Sets:
-        return Sets(units.pattern("largest magnitude", everything, counts))
+        return Sets(units.pattern("largest magnitude", everything, compared(units, counts)))
 
     def update(self, units: Units, sets: Sets, targets: list[int], step: int) -> Update:
-        active = sets.forward
-        counts = [sum(targets)] if units.whole_model else targets
-        return Update(Sets(units.pattern("largest magnitude", active | ~active, counts)), 0)
+        everything = sets.forward | ~sets.forward
+        return Update(self.start(units, everything, targets), 0)
 
     def outside_factor(self, step: int) -> float | None:
         if self.exploit == "fix":
-            return 0.0 if step == self.v else None
+            # In every step: the one at v may not have been finite.
+            return 0.0 if self.is_fixed(step) else None
         if self.exploit == "reset":
             return 0.0 if step % self.z == 0 else None
         return 1.0 - self.beta

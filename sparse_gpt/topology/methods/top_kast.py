@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from sparse_gpt.topology.methods.base import Method, Sets, Update
+from sparse_gpt.topology.methods.base import Method, Sets, Update, compared
 from sparse_gpt.topology.units import Units, UnitSet
 
 
@@ -32,20 +32,17 @@ class TopKAST(Method):
         return max(target, round((1 - Fraction(str(self.backward_sparsity))) * total))
 
     def start(self, units: Units, everything: UnitSet, counts: list[int]) -> Sets:
-        return self._sets(units, everything, counts)
+        more = [
+            self.trained_after(0, count, total) - count
+            for count, total in zip(counts, everything.totals, strict=True)
+        ]
+        forward = units.pattern("largest magnitude", everything, compared(units, counts))
+        beyond = units.best("largest magnitude", ~forward, compared(units, more))
+        return Sets(forward, forward | beyond)
 
     def update(self, units: Units, sets: Sets, targets: list[int], step: int) -> Update:
-        active = sets.forward
-        everything = active | ~active
-        counts = [sum(targets)] if units.whole_model else targets
-        return Update(self._sets(units, everything, counts), 0)
-
-    def _sets(self, units: Units, everything: UnitSet, counts: list[int]) -> Sets:
-        totals = [sum(everything.totals)] if units.whole_model else everything.totals
-        trained = [self.trained_after(0, *pair) for pair in zip(counts, totals, strict=True)]
-        forward = units.pattern("largest magnitude", everything, counts)
-        more = [many - active for many, active in zip(trained, counts, strict=True)]
-        return Sets(forward, forward | units.best("largest magnitude", ~forward, more))
+        everything = sets.forward | ~sets.forward
+        return Update(self.start(units, everything, targets), 0)
 
     def regularisation(self) -> float:
         return self.regulariser
