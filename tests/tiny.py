@@ -27,20 +27,25 @@ def document(number: int, sentences: int = 12) -> str:
 
 def write_corpus(folder: Path, documents: int = 300, val_documents: int = 20) -> Path:
     """Byte-tokenised shards of `documents` training documents; returns the folder."""
+    ends = (documents, documents + val_documents, documents + 2 * val_documents)
+    texts = [document(number) for number in range(ends[-1])]
+    return write_texts(folder, texts[: ends[0]], texts[ends[0] : ends[1]], texts[ends[1] :])
+
+
+def write_texts(folder: Path, train: list[str], val: list[str], test: list[str]) -> Path:
+    """Byte-tokenised shards of documents; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = byte_tokenizer()
     tokenizer.save(folder / "tokenizer")
-    splits, first = {}, 0
-    for split, count in (("train", documents), ("val", val_documents), ("test", val_documents)):
+    splits = {}
+    for split, texts in (("train", train), ("val", val), ("test", test)):
         writer = SplitWriter(folder, split, "uint16", tokenizer.vocab_size)
-        for number in range(first, first + count):
-            text = document(number)
+        for text in texts:
             ids = np.array([*tokenizer.encode(text), tokenizer.eos_id])
             writer.add(
                 ids, n_bytes=len(text.encode()), n_words=len(text.split()), ends_document=True
             )
         splits[split] = writer.close()
-        first += count
     index = ShardIndex(
         format="sparse_gpt-tokens",
         version=1,
