@@ -107,8 +107,8 @@ class ACDCConfig(Section):
     """AC/DC's phases, as fractions of the run (FACTS section 5); `update` is not looked at.
 
     `dense_sparsity`: least sparsity of the dense phases after sparse ones (sparse decompression;
-    the warm-up is dense). `reset_moments`:
-    Adam's moments of sparse weights are zeroed at every switch.
+    the warm-up is dense). `reset_moments`: Adam's moments of sparse weights are zeroed at every
+    switch.
     """
 
     warmup: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.10
