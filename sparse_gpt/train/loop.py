@@ -393,7 +393,7 @@ class Trainer:
         shares = [mask.active / mask.units for mask in self.controller.masks.values()]
         values = {
             "init_mask": self.config.sparsity.init_mask,
-            "sparsity": self.sparsity,
+            "sparsity": _sparsity(*self.controller.counts()),
             "flops_spent": self.state.flops_spent,
             "least_kept": min(shares),
             "most_kept": max(shares),
