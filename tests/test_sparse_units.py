@@ -145,7 +145,7 @@ def test_dense_gradients_are_paid_for():
         ("top_kast", "sparsity", {"top_kast": {"backward_sparsity": 0.7}}),
         ("gmp", "width", {}),
         ("ac_dc", "width", {}),
-        ("ac_dc", "sparsity", {"ac_dc": {"dense_sparsity": 0.7}}),
+        ("ac_dc", "sparsity", {"ac_dc": {"dense_sparsity": 0.7, "warmup": 0.02}}),
         ("search_spaces", "width", {"search_spaces": {"exploit": "fix"}}),
     ],
 )
