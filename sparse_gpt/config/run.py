@@ -87,6 +87,13 @@ class RunConfig(Section):
                 "sparsity.algorithm: top_kast regularises by sparsity.top_kast.regulariser, and "
                 "weight decay would move weights it does not train; set optimizer.weight_decay: 0"
             )
+        grows = self.sparsity.algorithm in ("set", "rigl", "granet")
+        if self.optimizer.growth == "smet" and not (grows and self.sparsity.sparsity):
+            raise ValueError(
+                "optimizer.growth: smet is for weights that grow from 0, by sparsity.algorithm: "
+                f"set, rigl or granet; with {self.sparsity.algorithm} at sparsity "
+                f"{self.sparsity.sparsity} none do: set optimizer.growth: global_step"
+            )
         lottery = self.sparsity.lottery
         if self.init_from is not None and lottery is not None and lottery.rewind is not None:
             raise ValueError(

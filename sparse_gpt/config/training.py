@@ -19,8 +19,17 @@ class DataSource(Section):
     tokenizer: Path | None = None  # folder of the tokenizer they were made with
 
 
+SMET_WARMUP = 50
+
+
 class OptimizerConfig(Section):
-    """AdamW. Biases, LayerNorms and embeddings do not decay."""
+    """AdamW. Biases, LayerNorms and embeddings do not decay.
+
+    `growth`: how weights that a topology update grew are stepped, always from zero moments.
+    `global_step`: by the step count of the run (the papers). `smet`: each by a count of its own,
+    its learning rate warmed up over `smet_warmup` steps, and that of all sparse layers divided by
+    their density.
+    """
 
     lr: Annotated[float, Field(gt=0.0)] = 6e-4
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
@@ -28,6 +37,14 @@ class OptimizerConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 = off
     max_nonfinite_steps: Positive = 10  # skipped steps in a row before the run ends
+    growth: Literal["global_step", "smet"] = "global_step"
+    smet_warmup: Positive = SMET_WARMUP
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        if self.growth != "smet" and self.smet_warmup != SMET_WARMUP:
+            raise ValueError(f"smet_warmup is set, but growth is {self.growth}, not smet")
+        return self
 
 
 class ScheduleConfig(Section):

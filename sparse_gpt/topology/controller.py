@@ -16,7 +16,7 @@ the trained set B; weights outside A keep their values if it stores all, and lay
 their pattern.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -97,6 +97,8 @@ class TopologyController:
         self._batches = [[n for n in batch if n in layers] for batch in shards.batches()]
         if whole_model and sum(map(bool, self._batches)) > 1:
             raise RuntimeError("the layers of one selection are in several optimizer steps: a bug")
+        # Called by an update with a layer's name, the units that are new in it, and its mask.
+        self.on_grown: Callable[[str, Bits, LayerMask], None] | None = None
         self._next_batch = 0
         self._report: UpdateReport | None = None
         self._dense_gradients = False
@@ -343,6 +345,9 @@ class TopologyController:
         if self.structure.unstructured:
             grown = self.shards.sum_over_ranks(grown)
         self._install(names, new.sets, old, self.method.resets_moments(step))
+        if self.on_grown is not None:
+            for i, name in enumerate(names):
+                self.on_grown(name, now.parts[i] - active.parts[i], self.masks[name])
         assert self._report is not None
         self._report = UpdateReport(
             self._report.active + sum(now.sizes),

@@ -101,13 +101,24 @@ class Shards(ABC):
 
         Valid only inside `optimizer.step`, behind the arithmetic of Adam.
         """
+        found = self.stepped(fragment)
+        gradient = None if found is None else found[1].grad
+        if found is None or gradient is None:
+            raise RuntimeError("a fragment is not in the batch its parameter is in: a bug")
+        return gradient.view(-1)[found[2] : found[2] + fragment.numel]
+
+    def stepped(self, fragment: Fragment) -> tuple[dict[str, Any], Tensor, int] | None:
+        """The group and tensor by which the optimizer's step moves a fragment, and where in it.
+
+        None where another of the steps of `batches` does. Valid only inside `optimizer.step`.
+        """
         first = fragment.master.data_ptr()
         for group in self.base_optimizer.param_groups:
             for flat in group["params"]:
                 offset = (first - flat.data_ptr()) // flat.element_size()
                 if 0 <= offset < flat.numel() and flat.grad is not None:
-                    return flat.grad.view(-1)[offset : offset + fragment.numel]
-        raise RuntimeError("a fragment is not in the batch its parameter is in: a bug")
+                    return group, flat, offset
+        return None
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
         """All-reduce of what each rank has of its fragments; every position is counted once."""

@@ -20,6 +20,7 @@ from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.manifest import FORMAT, write_manifest
 from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
+from sparse_gpt.train.young_weights import YoungWeights
 
 
 class Checkpointer:
@@ -33,11 +34,12 @@ class Checkpointer:
         controller: TopologyController,
         gpt_config: GPTConfig,
         identity: dict[str, Any],
+        young: YoungWeights | None = None,
     ) -> None:
         """`identity`: what a resumed run must share; see `Trainer` and `drift.check_drift`."""
         self.folder, self.keep_last = folder, keep_last
         self.shards, self.controller = shards, controller
-        self.gpt_config, self.identity = gpt_config, identity
+        self.gpt_config, self.identity, self.young = gpt_config, identity, young
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def save(self, step: int, state: dict[str, Any], tag: str | None = None) -> Path:
@@ -116,6 +118,10 @@ class Checkpointer:
             if masks or kind == "topology":
                 file = f"{kind}-{self.rank:05d}.safetensors"
                 written[file] = files.write_tensors(folder / file, bits, ranges)
+        if self.young is not None:
+            file = f"young-{self.rank:05d}.safetensors"
+            owned = {name: start for name, start, _ in mine}
+            written[file] = files.write_tensors(folder / file, _young_tensors(self.young, owned))
         file = f"rng-{self.rank:05d}.safetensors"
         written[file] = files.write_tensors(folder / file, _rng_state())
         return written
@@ -219,6 +225,10 @@ class Checkpointer:
         for name, fragment in self.shards.fragments():
             for kind, tensor in fragment.tensors().items():
                 tensor.copy_(reader.fragment(name, kind, fragment.start, fragment.numel))
+        if self.young is not None:
+            self.young.layers.clear()
+            for name, (positions, births) in reader.young().items():
+                self.young.load(name, positions, births)
 
     def _check_layers(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse a topology of other layers, blocks or final counts than this run's."""
@@ -270,6 +280,16 @@ def _layer_entries(controller: TopologyController) -> dict[str, dict[str, Any]]:
         if name in controller.trained:
             entries[name]["trained"] = controller.trained[name].active
     return entries
+
+
+def _young_tensors(young: YoungWeights, owned: dict[str, int]) -> dict[str, np.ndarray]:
+    """Positions in the flattened weight and births, of the layers owned from a start on."""
+    tensors = {}
+    for name in sorted(young.layers.keys() & owned.keys()):
+        positions = young.layers[name].positions + owned[name]
+        tensors[f"{name}.positions"] = positions.cpu().numpy()
+        tensors[f"{name}.births"] = young.layers[name].births.cpu().numpy()
+    return tensors
 
 
 def _what_stays(entry: dict[str, Any]) -> dict[str, Any]:

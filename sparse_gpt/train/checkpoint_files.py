@@ -6,6 +6,7 @@
       exp_avg-00000, exp_avg_sq-00000   of Adam's moments
       topology-00000.safetensors        rank 0's share of every mask, as bits
       trained-00000.safetensors         of the trained sets, where a method keeps them apart
+      young-00000.safetensors           weights that grew lately (`optimizer.growth: smet`)
       rng-00000.safetensors             rank 0's generator states
 
 A fragment is a range of the flattened parameter, so a checkpoint can be read back at any number
@@ -248,6 +249,25 @@ class CheckpointReader:
             raise UserError(f"broken checkpoint {self.path}: the topology of {name} is incomplete")
         flags = np.concatenate(pieces) if pieces else np.empty(0, dtype=np.uint8)
         return torch.from_numpy(flags).view(torch.bool)
+
+    def young(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Young weights (`young_weights.py`) by layer, of all ranks: int64 positions in the
+        flattened weight, and optimizer steps before their birth."""
+        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
+        for file in self.files:
+            if not file.startswith("young-"):
+                continue
+            with self._open(file) as handle:
+                for key in handle.keys():  # noqa: SIM118
+                    name, kind = key.rsplit(".", 1)
+                    if kind == "positions":
+                        pair = handle.get_tensor(key), handle.get_tensor(f"{name}.births")
+                        found.setdefault(name, []).append(pair)
+        joined = {}
+        for name, pairs in found.items():
+            positions, births = (torch.from_numpy(np.concatenate(p)) for p in zip(*pairs))
+            joined[name] = positions, births
+        return joined
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """A rank's generator states as byte tensors, by device type."""

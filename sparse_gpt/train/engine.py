@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -133,11 +133,16 @@ def build_model(
     return model
 
 
-def start_engine(model: GPT, config: RunConfig, ds_config: dict[str, Any]) -> tuple[Any, AdamW]:
-    """`deepspeed.initialize`; the optimizer comes back at step 0 with zero moments."""
+def start_engine(
+    model: GPT, config: RunConfig, ds_config: dict[str, Any], sparse: Container[str] = ()
+) -> tuple[Any, AdamW]:
+    """`deepspeed.initialize`; the optimizer comes back at step 0 with zero moments.
+
+    `sparse`: the weights of sparse layers.
+    """
     import deepspeed
 
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, sparse)
     if config.model.compile:
         if config.deepspeed.zero_stage == 3:
             raise UserError("model.compile: not with deepspeed.zero_stage 3; set one of them off")

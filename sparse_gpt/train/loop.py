@@ -19,7 +19,9 @@ from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import FlopsLedger
 from sparse_gpt.sparse_units import scoring_cost, solve
+from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.controller import SavedMasks, UpdateReport
+from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build
 from sparse_gpt.train.checkpoint import Checkpointer
@@ -36,9 +38,10 @@ from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import StepHealth, clip_gradients, inspect_step
 from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
 from sparse_gpt.train.metrics import Metrics
-from sparse_gpt.train.optim import learning_rate
+from sparse_gpt.train.optim import learning_rate, optimizer_steps
 from sparse_gpt.train.provenance import write_provenance
 from sparse_gpt.train.throughput import Throughput
+from sparse_gpt.train.young_weights import YoungWeights
 
 
 @dataclass
@@ -129,7 +132,7 @@ class Trainer:
         torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
         if finder is not None:
             finder.before_engine(model)
-        self.engine, self.optimizer = start_engine(model, config, ds_config)
+        self.engine, self.optimizer = start_engine(model, config, ds_config, units)
         self.shards = shards_of(self.engine, self.optimizer)
         saved: SavedMasks | None = source if source is not None and source.layers else None
         if finder is not None:
@@ -139,6 +142,8 @@ class Trainer:
             config, layers, units, self.shards, saved, self.world_size
         )
         self.shards.push_masters()
+        if config.optimizer.growth == "smet":
+            self._watch_young_weights()
         masks = self.controller.masks
         active = {name: mask.active * mask.block_size for name, mask in masks.items()}
         self.ledger = FlopsLedger.of(
@@ -159,7 +164,17 @@ class Trainer:
                 "precision": self.precision,
                 "source": source.identity if source is not None else None,
             },
+            self.optimizer.young,
         )
+
+    def _watch_young_weights(self) -> None:
+        c, optimizer = self.config.optimizer, self.optimizer
+        young = optimizer.young = YoungWeights(self.shards, c.smet_warmup, c.betas)
+
+        def grown(name: str, units: Bits, mask: LayerMask) -> None:
+            young.move(name, units, mask, optimizer_steps(optimizer))
+
+        self.controller.on_grown = grown
 
     def fit(self) -> TrainState:
         """Train to the end, or to `stop_at`; resumes first, saves last. Returns the final state."""
@@ -280,8 +295,9 @@ class Trainer:
     def _set_lr(self, step: int) -> float:
         c = self.config
         lr = learning_rate(c.schedule, c.optimizer.lr, step, self.warmup_steps, self.total_steps)
+        active, weights = self.controller.counts()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * weights / active if group.get("by_density") else lr
         return lr
 
     def _account(self, step: int, health: StepHealth) -> int:

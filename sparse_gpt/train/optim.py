@@ -1,13 +1,14 @@
 """AdamW that can be held, its parameter groups, and the learning rate as a function of the step."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from sparse_gpt.config import OptimizerConfig, ScheduleConfig
+from sparse_gpt.train.young_weights import YoungWeights
 
 
 class AdamW(torch.optim.AdamW):
@@ -24,35 +25,55 @@ class AdamW(torch.optim.AdamW):
 
     hold = False
     on_stepped: Callable[[], None] | None = None
+    young: YoungWeights | None = None  # grown weights, with steps of their own (SMET)
 
     def step(self, closure: Any = None) -> Any:
-        result = None if self.hold else super().step(closure)
+        result = None if self.hold else self._step(closure)
         if self.on_stepped is not None:
             self.on_stepped()
         return result
 
+    @torch.no_grad()
+    def _step(self, closure: Any) -> Any:
+        if self.young is None:
+            return super().step(closure)
+        before = self.young.before_step(self)
+        result = super().step(closure)
+        self.young.after_step(before)
+        return result
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: linear weights decay; biases, LayerNorms and embeddings do not."""
-    decay, plain = [], []
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, apart: Container[str] = ()
+) -> list[dict[str, Any]]:
+    """Two groups: linear weights decay; biases, LayerNorms and embeddings do not.
+
+    The linear weights named in `apart` are a group of their own, marked `by_density`.
+    """
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": weight_decay, "by_density": True},
+        {"params": [], "weight_decay": weight_decay},
+        {"params": [], "weight_decay": 0.0},
+    ]
     for name, parameter in model.named_parameters():
         linear = ".attn." in name or ".mlp." in name or name.startswith("project_")
         matrix = name.endswith(".weight") and linear
-        (decay if matrix else plain).append(parameter)
-    return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
+        groups[(0 if name in apart else 1) if matrix else 2]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> AdamW:
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, sparse: Container[str] = ()
+) -> AdamW:
     """The optimizer of a run; the learning rate is set before every step.
+
+    `sparse`: weights of sparse layers, whose learning rate `growth: smet` scales.
 
     It starts at 0 because DeepSpeed makes an empty first step at some stages: `prime_optimizer`
     undoes what that leaves behind.
     """
     return AdamW(
-        parameter_groups(model, config.weight_decay),
+        parameter_groups(model, config.weight_decay, sparse if config.growth == "smet" else ()),
         lr=0.0,
         betas=config.betas,
         eps=config.eps,
