@@ -111,7 +111,7 @@ def train(corpus, out, changes):
 
 METHODS = {
     "rigl": {"sparsity__update": {"freq": 2, "stop": 1.0}},
-    "ac_dc": {"sparsity__ac_dc": {"warmup": 0.15, "phase": 0.3}},
+    "ac_dc": {"sparsity__ac_dc": {"warmup": 0.15, "phase": 0.3, "last_sparse": 0.1}},
     "top_kast": {
         "sparsity__update": {"freq": 2, "stop": 1.0},
         "sparsity__top_kast": {"backward_sparsity": 0.25},
