@@ -5,6 +5,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_gpt.data.loader import PackedDataset
@@ -67,7 +68,8 @@ def first_topologies(corpus, out, many):
 class Plain:
     """The model and its first batches in one process, without an engine."""
 
-    def __init__(self, corpus):
+    def __init__(self, corpus, block=(1, 1)):
+        self.block = block
         self.config = run_config(corpus, "unused")
         data = open_data(corpus)
         self.model = GPT(self.config.gpt_config(data.vocab_size))
@@ -92,13 +94,19 @@ class Plain:
         gradients = torch.autograd.grad(self.loss(first, first + BATCHES), self.weights)
         return [(self.dense[n] * g).abs() for n, g in zip(self.names, gradients)]
 
+    def of_blocks(self, scores):
+        """The largest score in every block, over the grid."""
+        return F.max_pool2d(scores[None], self.block, self.block)[0]
+
     def force(self, total):
-        everything = sum(w.numel() for w in self.weights)
+        everything = sum(w.numel() for w in self.weights) // math.prod(self.block)
         for t in range(1, ROUNDS + 1):
             share = t / ROUNDS
             k = round(math.exp(share * math.log(total) + (1 - share) * math.log(everything)))
             scores = self.snip((t - 1) * BATCHES)
-            keep = top(scores, k)
+            keep = top([self.of_blocks(score) for score in scores], k)
+            rows, columns = self.block
+            keep = [m.repeat_interleave(rows, 0).repeat_interleave(columns, 1) for m in keep]
             if t < ROUNDS:
                 with torch.no_grad():
                     for weight, name, mask in zip(self.weights, self.names, keep):
@@ -169,6 +177,18 @@ def test_masks_are_those_of_plain_autograd(corpus, tmp_path, ranks, stage):
         assert found["flops"] == 8 * BATCHES * scoring(kind, plain, total, found["dense"])
         for name, mask in found["masks"].items():
             assert torch.equal(found["weights"][name], plain.dense[name] * mask)
+
+
+@pytest.mark.parametrize("kind", ["snip", "force"])
+def test_blocks(corpus, tmp_path, kind):
+    """A block's score is the largest of its weights', and blocks are cut by ranks anywhere."""
+    structure = {"type": "block", "block": [4, 2], "score": "max"}
+    more = {"sparsity__structure": structure, "deepspeed__zero_stage": 3}
+    found = run_ranks(2, first_topologies, corpus, str(tmp_path), [changes(kind, **more)])[0][0]
+    plain = Plain(corpus, block=(4, 2))
+    total = sum(found["uniform"].values())
+    scores = plain.force(total) if kind == "force" else plain.snip()
+    check(found, [plain.of_blocks(score) for score in scores], plain.names)
 
 
 def test_weights_that_zero_3_shards_cannot_be_differentiated_twice(corpus, tmp_path):
