@@ -16,10 +16,13 @@ from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import inverse_power, resolve_kernel
 from sparse_gpt.run_method import method_of
 from sparse_gpt.sparse_units import Solution
+from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.controller import SavedMasks, TopologyController
-from sparse_gpt.topology.masks import SavedLayer
+from sparse_gpt.topology.masks import LayerMask, SavedLayer
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
+from sparse_gpt.train.optim import AdamW, optimizer_steps
+from sparse_gpt.train.young_weights import YoungWeights
 
 
 class WeightSource(Protocol):
@@ -188,6 +191,19 @@ def controller_of(
         # The masked kernel is a dense product: weights outside the mask are zero already.
         show_patterns=sparsity.kernel not in ("auto", "masked"),
     )
+
+
+def watch_young_weights(
+    config: RunConfig, optimizer: AdamW, shards: Shards, controller: TopologyController
+) -> None:
+    """Step grown weights by SMET's rule: the controller says which grow, the optimizer obeys."""
+    settings = config.optimizer
+    young = optimizer.young = YoungWeights(shards, settings.smet_warmup, settings.betas)
+
+    def grown(name: str, units: Bits, mask: LayerMask) -> None:
+        young.move(name, units, mask, optimizer_steps(optimizer))
+
+    controller.on_grown = grown
 
 
 def structure_of(config: RunConfig) -> BlockStructure:

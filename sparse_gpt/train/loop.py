@@ -19,9 +19,7 @@ from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import FlopsLedger
 from sparse_gpt.sparse_units import scoring_cost, solve
-from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.controller import SavedMasks, UpdateReport
-from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build
 from sparse_gpt.train.checkpoint import Checkpointer
@@ -38,10 +36,9 @@ from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import StepHealth, clip_gradients, inspect_step
 from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
 from sparse_gpt.train.metrics import Metrics
-from sparse_gpt.train.optim import learning_rate, optimizer_steps
+from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.provenance import write_provenance
 from sparse_gpt.train.throughput import Throughput
-from sparse_gpt.train.young_weights import YoungWeights
 
 
 @dataclass
@@ -143,7 +140,7 @@ class Trainer:
         )
         self.shards.push_masters()
         if config.optimizer.growth == "smet":
-            self._watch_young_weights()
+            build.watch_young_weights(config, self.optimizer, self.shards, self.controller)
         masks = self.controller.masks
         active = {name: mask.active * mask.block_size for name, mask in masks.items()}
         self.ledger = FlopsLedger.of(
@@ -166,15 +163,6 @@ class Trainer:
             },
             self.optimizer.young,
         )
-
-    def _watch_young_weights(self) -> None:
-        c, optimizer = self.config.optimizer, self.optimizer
-        young = optimizer.young = YoungWeights(self.shards, c.smet_warmup, c.betas)
-
-        def grown(name: str, units: Bits, mask: LayerMask) -> None:
-            young.move(name, units, mask, optimizer_steps(optimizer))
-
-        self.controller.on_grown = grown
 
     def fit(self) -> TrainState:
         """Train to the end, or to `stop_at`; resumes first, saves last. Returns the final state."""
