@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparse_gpt.config import RunConfig
+from sparse_gpt.errors import UserError
 from sparse_gpt.hf import import_folder
 from sparse_gpt.hf.checkpoint import export_checkpoint
 from sparse_gpt.model.gpt import GPT
@@ -108,6 +109,16 @@ def check(corpus: str, tmp_path: Path, method: str, ranks: int, stage: int, prec
         np.testing.assert_allclose(mine, logits, rtol=0, atol=0.1)
 
 
+OVER = {
+    "wide": {"ift": {"member": "wide"}, "model__d_model": 16},
+    "parallel": {"ift": {"member": "parallel"}},
+    "factorized": {"ift": {"member": "factorized"}},
+    "doped": {"ift": {"member": "doped"}},
+    "blocks": {"sparsity__structure": {"type": "block", "block": [2, 4]}},
+    "model scope": {"sparsity__update": {"freq": 3, "scope": "model"}},
+}
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     """What this project says about itself, paragraph by paragraph."""
@@ -127,3 +138,35 @@ def test_trains_resumes_and_is_exported(text, tmp_path, method):
 @pytest.mark.parametrize("method", METHODS)
 def test_in_other_layouts(text, tmp_path, method, layout):
     check(text, tmp_path, method, *layout)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("over", OVER)
+@pytest.mark.parametrize("method", METHODS)
+def test_over_members_and_blocks(text, tmp_path, method, over):
+    """A run of 24 steps that is resumed in the middle, and costs what is foreseen of it."""
+    given = changes(method, 2, 2, "fp32")
+    for key, value in OVER[over].items():
+        section, _, name = key.partition("__")
+        if not name:
+            given[section] = value
+        elif isinstance(given.get(section), dict):
+            given[section] = given[section] | {name: value}
+    given |= {"max_steps": 24, "checkpoint": {"every": 13, "keep_last": 3}}
+    if "powerpropagation" in method and over == "blocks":
+        with pytest.raises(UserError, match="powerpropagation: blocks"):
+            run_config(text, tmp_path, **given)
+        return
+    if "replacing" in method and over == "model scope":
+        given["sparsity"]["update"] = given["sparsity"]["update"] | {"mode": "replace"}
+    results = run_ranks(2, train, text, str(tmp_path / "whole"), given)
+    saved_at(tmp_path / "whole", 13, tmp_path / "resumed")
+    again = run_ranks(2, train, text, str(tmp_path / "resumed"), given)
+    for (seen, state, logits), (seen_again, state_again, logits_again) in zip(results, again):
+        assert seen_again == seen[13:]
+        assert state_again == state
+        assert np.array_equal(logits, logits_again)
+    foreseen = plan(run_config(text, tmp_path, **given), 257, 2)
+    assert results[0][1].flops_spent == foreseen.flops_total
+    exported = export_checkpoint(tmp_path / "whole", tmp_path / "exported")
+    assert exported.sparsity == pytest.approx(foreseen.achieved_sparsity, abs=1e-12)
