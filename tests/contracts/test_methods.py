@@ -13,7 +13,7 @@ from sparse_gpt.hf import import_folder
 from sparse_gpt.hf.checkpoint import export_checkpoint
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.plan import plan
-from tests.contracts.runs import after_every_step, run_config, trainer
+from tests.contracts.runs import after_every_step, assemble, run_config, trainer
 from tests.contracts.sessions import saved_at
 from tests.ranks import run_ranks
 from tests.tiny import write_texts
@@ -131,6 +131,32 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_resumes_and_is_exported(text, tmp_path, method):
     check(text, tmp_path, method, 2, 2, "fp32")
+
+
+def first_step(corpus: str, out: str, config_changes: dict):
+    """Masters of the sparse layers at the start, whole, and the loss of step 1."""
+    with trainer(run_config(corpus, out, **config_changes)) as made:
+        weights = {}
+        for name in made.controller.layers:
+            fragment = made.shards.fragment(name)
+            weights[name] = assemble(made, name, None if fragment is None else fragment.master)
+        losses = []
+        after_every_step(made, lambda step, health, update: losses.append(health.loss))
+        made.fit()
+    return weights, losses[0]
+
+
+@pytest.mark.parametrize("alpha", [2.0, 3.0])
+def test_powers_of_weights_begin_as_the_weights(text, tmp_path, alpha):
+    given = changes("static", 2, 2, "fp32") | {"stop_at": 1}
+    power = given | {"sparsity": given["sparsity"] | {"powerpropagation": alpha}}
+    plain, loss = run_ranks(2, first_step, text, str(tmp_path / "plain"), given)[0]
+    thetas, loss_there = run_ranks(2, first_step, text, str(tmp_path / "power"), power)[0]
+    for name, theta in thetas.items():
+        weight = theta.sign() * theta.abs() ** alpha
+        torch.testing.assert_close(weight, plain[name], rtol=1e-5, atol=0.0)
+        assert not torch.equal(theta, plain[name])
+    assert loss_there == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.slow
