@@ -28,13 +28,12 @@ from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import Pattern
 from sparse_gpt.topology import agreement
 from sparse_gpt.topology.bits import Bits, chunks
-from sparse_gpt.topology.block_scores import block_scores
-from sparse_gpt.topology.grouped import GroupedBlocks, GroupedUnits
 from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.methods import Method, Sets
+from sparse_gpt.topology.scorer import Scorer
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
-from sparse_gpt.topology.units import BlockUnits, LayerPart, ShardedUnits, Units, UnitSet
+from sparse_gpt.topology.units import UnitSet
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class TopologyController:
         self.whole_model, self.replaces_step = whole_model, hold_step
         self.show_patterns = show_patterns or method.stores_all
         self.masks: dict[str, LayerMask] = {}
-        self._groups = {n: structure.groups(_matrix(shards, n), units[n]) for n in layers}
+        self._scorer = Scorer(units, structure, shards, seed, method.growth == "gradient")
         self.trained: dict[str, LayerMask] = {}  # B, where it is neither A nor everything
         self._batches = [[n for n in batch if n in layers] for batch in shards.batches()]
         if whole_model and sum(map(bool, self._batches)) > 1:
@@ -115,7 +114,9 @@ class TopologyController:
             return
         # Random units are drawn a layer at a time: nothing compares layers yet.
         compares = self.method.stores_all or global_start
-        units = self._units(names, 0, compares, compares and (self.whole_model or global_start))
+        units = self._scorer.units(
+            names, 0, compares, compares and (self.whole_model or global_start)
+        )
         empty = [self.masks[name] for name in names]
         nothing = UnitSet([m.bits for m in empty], [0] * len(names), [m.units for m in empty])
         counts = [
@@ -175,7 +176,7 @@ class TopologyController:
         wrong = agreement.wrong_counts(self._all_masks(), self.shards)
         if wrong:
             raise UserError(f"the saved mask of {wrong[0]}")
-        misfits = self._units(names, 0, scored=False, whole_model=False).misfits(forward)
+        misfits = self._scorer.units(names, 0, scored=False, whole_model=False).misfits(forward)
         if misfits:
             raise UserError(
                 f"the saved mask of {misfits[0]} has not the same number in every group; keep "
@@ -193,7 +194,7 @@ class TopologyController:
                 mask.zero_outside_(list(fragment.tensors().values()), fragment.start)
 
     def _empty_mask(self, name: str) -> LayerMask:
-        shape, fragment = _matrix(self.shards, name), self.shards.fragment(name)
+        shape, fragment = self._scorer.shapes[name], self.shards.fragment(name)
         rows, columns = self.structure.grid(shape)
         start, numel = 0, rows * columns
         if self.structure.unstructured:
@@ -333,7 +334,7 @@ class TopologyController:
         old = [self.masks[name] for name in names]
         active = UnitSet([m.bits for m in old], [m.active for m in old], [m.units for m in old])
         index, targets = self.method.update_index(step), [self.targets[name] for name in names]
-        units = self._units(names, index, scored=True, whole_model=self.whole_model)
+        units = self._scorer.units(names, index, scored=True, whole_model=self.whole_model)
         try:
             new = self.method.update(units, Sets(active), targets, step)
         except ValueError as error:  # on every rank
@@ -353,50 +354,6 @@ class TopologyController:
             self._report.active + sum(now.sizes),
             self._report.dropped + new.dropped,
             self._report.replaced + int(grown.sum()),
-        )
-
-    def _units(self, names: list[str], index: int, scored: bool, whole_model: bool) -> Units:
-        """The units of some layers, with what scores they have on this step."""
-        parts: list[LayerPart] = []
-        empty = torch.zeros(0, device=self.shards.state_device)
-        dense = scored and self.method.growth == "gradient" and index > 0
-        for name in names:
-            fragment = self.shards.fragment(name)
-            if fragment is None:
-                parts.append(LayerPart(0, empty, empty if dense else None))
-            else:
-                gradient = self.shards.stepped_gradient(fragment) if dense else None
-                parts.append(LayerPart(fragment.start, fragment.master, gradient))
-        key = (self.seed, index)
-        groups = [self._groups[name] for name in names]
-        groups = [of_layer for of_layer in groups if of_layer is not None]
-        if self.structure.unstructured:
-            if groups:
-                return GroupedUnits(names, parts, self.shards.sum_over_ranks, key, groups)
-            return ShardedUnits(names, parts, self.shards.sum_over_ranks, key, whole_model)
-        scores = {}
-        if scored:
-            masters = [(part.start, part.master) for part in parts]
-            scores["magnitude"] = self._block_scores(names, masters, whole_model)
-        if dense:
-            gradients = [(p.start, p.gradient) for p in parts if p.gradient is not None]
-            scores["gradient"] = self._block_scores(names, gradients, whole_model)
-        if groups:
-            return GroupedBlocks(names, scores, key, groups)
-        return BlockUnits(names, scores, key, whole_model)
-
-    def _block_scores(
-        self, names: list[str], parts: list[tuple[int, Tensor]], whole_model: bool
-    ) -> list[Tensor]:
-        return block_scores(
-            parts,
-            [self.masks[name].shape for name in names],
-            self.structure.block,
-            self.structure.score,
-            self.shards.sum_over_ranks,
-            self.shards.max_over_ranks,
-            self.shards.state_device,
-            common_scale=whole_model,
         )
 
     def _install(
@@ -476,9 +433,3 @@ def _check_none_is_empty(sizes: dict[str, int]) -> None:
             "(init_from), prune while training (algorithm gmp, granet, ac_dc), or set another "
             "distribution"
         )
-
-
-def _matrix(shards: Shards, name: str) -> tuple[int, int]:
-    """Shape of a whole weight, `[out, in]`."""
-    out_features, in_features = shards.shape(name)
-    return out_features, in_features
