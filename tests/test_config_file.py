@@ -40,7 +40,8 @@ def sections(
         kinds = (field.annotation, *typing.get_args(field.annotation))
         for kind in kinds:
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                inside = (name,) if kind is field.annotation else (name, "0")
+                many = typing.get_origin(field.annotation) is tuple
+                inside = (name, "0") if many else (name,)
                 found += sections(kind, prefix + inside)
     return found
 
