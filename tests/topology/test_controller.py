@@ -178,6 +178,7 @@ def test_a_rank_that_owns_nothing_of_some_layers():
 
     part = TopologyController.__new__(TopologyController)
     part.layers, part.shards, part.structure = made.layers, shards, made.structure
+    part._scorer = made._scorer
     read = part.read(Saved())
     assert [read[name].numel for name in "abh"] == [0, 40, 0]
     assert torch.equal(read["b"].flags().bool(), masks["b"][24:])
