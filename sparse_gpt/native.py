@@ -78,8 +78,8 @@ def build(source: Path) -> Path:
                 if not target.exists():
                     _compile(cxx, source, target)
         return target
-    except OSError as error:
-        raise BuildError(f"cannot use {cache_folder()} ($SPARSE_GPT_CACHE): {error}") from error
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no home, too
+        raise BuildError(f"cannot build in $SPARSE_GPT_CACHE or ~/.cache: {error}") from error
 
 
 def _compile(cxx: Path, source: Path, target: Path) -> None:

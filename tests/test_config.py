@@ -381,3 +381,10 @@ def test_blocks_steer_inner_widths():
     )
     assert config.transform is not None
     assert config.transform.sizes["h.0.mlp.fc1"] == 96  # 102.4
+
+
+@pytest.mark.parametrize("algorithm", ["gmp", "granet", "ac_dc"])
+def test_the_best_loss_is_not_that_of_a_denser_model(algorithm):
+    sparsity = {"sparsity": 0.75, "algorithm": algorithm}
+    with pytest.raises(ValueError, match=r"evaluation\.patience"):
+        make(sparsity=sparsity, evaluation={"every": 5, "patience": 2})

@@ -116,3 +116,15 @@ def test_switched_off(source, monkeypatch, caplog):
 def test_a_damaged_library_is_said(source, caplog):
     native.build(source).write_bytes(b"junk")
     assert "answer.cpp" in none_and_said(source, caplog)
+
+
+@needs_compiler
+def test_nobody_at_home(source, monkeypatch, caplog):
+    monkeypatch.delenv("SPARSE_GPT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", home)
+    assert "home directory" in none_and_said(source, caplog)

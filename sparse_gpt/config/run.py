@@ -68,6 +68,11 @@ class RunConfig(Section):
             raise ValueError("data: no corpus given; e.g. data: [{path: data/novels}]")
         if (self.max_tokens is None) == (self.max_steps is None):
             raise ValueError("give exactly one of max_tokens, max_steps")
+        if self.evaluation.patience and self.sparsity.algorithm in ("gmp", "granet", "ac_dc"):
+            raise ValueError(
+                f"evaluation.patience: {self.sparsity.algorithm} is not at its sparsity before its "
+                "last update, and the best loss may be that of a denser model; set it to null"
+            )
         if self.precision == "bf16" and self.deepspeed.zero_stage == 0:
             raise ValueError(
                 "precision: bf16 needs fp32 master weights, which deepspeed.zero_stage 0 has not; "

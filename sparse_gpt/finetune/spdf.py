@@ -22,11 +22,26 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.ift import Transform
+from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.checkpoint_files import open_checkpoint
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.every_rank import check_nodes
 from sparse_gpt.train.loop import Evaluation, Trainer
+
+
+def check_masks(checkpoint: str, layers: Sequence[SavedLayer]) -> None:
+    """Refuse weights without masks to keep, or with those of a sparsity yet to be reached."""
+    if not layers:
+        raise UserError(f"mode: sparse, but {checkpoint} has no masks to keep; set mode: dense")
+    active = sum(layer.active for layer in layers)
+    target = sum(layer.active if layer.target is None else layer.target for layer in layers)
+    if active != target:
+        raise UserError(
+            f"mode: sparse, but {checkpoint} was saved before its method reached its sparsity "
+            f"({active:,} active blocks, {target:,} at the end); train it to the end, or set "
+            "mode: dense"
+        )
 
 
 def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -39,10 +54,8 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     init_ranks()
     log_on_first_rank()
     source = open_source(config.checkpoint)
-    if config.mode == "sparse" and not source.layers:
-        raise UserError(
-            f"mode: sparse, but {config.checkpoint} has no masks to keep; set mode: dense"
-        )
+    if config.mode == "sparse":
+        check_masks(str(config.checkpoint), list(source.layers.values()))
     run = run_config(config, source, dist.get_world_size())
     check_nodes(run)
     trainer = Trainer(run, source)

@@ -116,6 +116,6 @@ def _metadata(
         "active_parameters": exported.active_parameters,
         "sparsity": exported.sparsity,
         "layers": layers,
-        "topology_sha256": reader.manifest.get("topology_sha256"),
+        "topology_digest": reader.manifest["topology_digest"],
         "config": reader.manifest["config"],
     }

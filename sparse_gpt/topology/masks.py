@@ -118,7 +118,8 @@ class SavedLayer:
     """A sparse layer as it was saved: its grid of blocks, the block, and active blocks.
 
     `trained`: blocks in B where that is a set of its own. `stores_all`: whether weights outside
-    A have values. `alpha`: Powerpropagation's, 1 without.
+    A have values. `alpha`: Powerpropagation's, 1 without. `target`: active blocks when its
+    method is done; None where that is not known.
     """
 
     grid: tuple[int, int]
@@ -127,6 +128,7 @@ class SavedLayer:
     trained: int | None = None
     stores_all: bool = False
     alpha: float = 1.0
+    target: int | None = None
 
     @property
     def weights(self) -> int:

@@ -215,6 +215,7 @@ class CheckpointReader:
                 entry.get("trained"),
                 entry.get("stores_all", False),
                 entry.get("alpha", 1.0),
+                entry.get("target"),
             )
             for name, entry in self.manifest["layers"].items()
         }
