@@ -16,6 +16,7 @@ the trained set B; weights outside A keep their values if it stores all, and lay
 their pattern.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -34,6 +35,8 @@ from sparse_gpt.topology.scorer import Scorer
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
 from sparse_gpt.topology.units import UnitSet
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -345,6 +348,17 @@ class TopologyController:
         grown = torch.stack([(n - o).count() for n, o in zip(now.parts, active.parts)])
         if self.structure.unstructured:
             grown = self.shards.sum_over_ranks(grown)
+        emptied = [
+            n for n, m, size in zip(names, old, now.sizes, strict=True) if m.active > size == 0
+        ]
+        if emptied:
+            log.warning(
+                "step %d: %d layers have no active weight any more (%s, ...): all of theirs are "
+                "smaller than other layers'; sparsity.update.scope: layer keeps some in each",
+                step,
+                len(emptied),
+                emptied[0],
+            )
         self._install(names, new.sets, old, self.method.resets_moments(step))
         if self.on_grown is not None:
             for i, name in enumerate(names):

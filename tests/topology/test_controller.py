@@ -182,3 +182,22 @@ def test_a_rank_that_owns_nothing_of_some_layers():
     read = part.read(Saved())
     assert [read[name].numel for name in "abh"] == [0, 40, 0]
     assert torch.equal(read["b"].flags().bool(), masks["b"][24:])
+
+
+def test_a_layer_that_lost_everything_is_said(caplog):
+    shards = PlainShards()
+    shards.fragments["c"].master.mul_(1e-6)
+    made = TopologyController(
+        {name: Layer() for name in NAMES},
+        dict.fromkeys(NAMES, 16),
+        BlockStructure(),
+        METHODS["gmp"](UpdateSchedule(1, 2)),
+        0,
+        shards,
+        whole_model=True,
+    )
+    with caplog.at_level("WARNING"):
+        report = update(made, 1)
+    assert report.active == 16 * len(NAMES)
+    assert made.masks["c"].active == 0
+    assert "step 1: 1 layers have no active weight any more (c, ...)" in caplog.text
