@@ -15,7 +15,8 @@ from torch import Tensor
 from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.layout import INDEX_FILE, MODEL_TYPE, WEIGHTS_FILE, Entry, layout, prefix
-from sparse_gpt.model.gpt import ACTIVATIONS, GPTConfig
+from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.ops import ACTIVATIONS
 
 # What GPT2Config assumes where config.json is silent, for every key that changes the function.
 _DEFAULTS: dict[str, Any] = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparse_gpt.ift.forms import LayerWeight, layer_weights
 from sparse_gpt.model.linear import DenseLinear, SparseLinear
+from sparse_gpt.ops import BlockLayout
 
 NonLinearity = Callable[[int], nn.Module]  # of so many features
 
@@ -128,13 +129,23 @@ def transformed_layer(
 
 
 def transformed_linear(
-    member: str, size: int, shape: tuple[int, int], non_linearity: str
+    member: str,
+    size: int,
+    shape: tuple[int, int],
+    non_linearity: str,
+    layouts: Mapping[str, BlockLayout] | None = None,
 ) -> TransformedLayer:
-    """A linear layer of `[out, in]` in a member's form; parameters are uninitialised."""
+    """A linear layer of `[out, in]` in a member's form; parameters are uninitialised.
+
+    `layouts`: sparse weights in compact storage by name (`branch.0.weight`).
+    """
+    layouts = layouts or {}
 
     def make(name: str, weight: LayerWeight) -> nn.Module:
         out, inner = weight.shape
-        return SparseLinear(inner, out, bias=False) if weight.sparse else DenseLinear(inner, out)
+        if not weight.sparse:
+            return DenseLinear(inner, out)
+        return SparseLinear(inner, out, bias=False, layout=layouts.get(f"{name}.weight"))
 
     bias = nn.Parameter(torch.empty(shape[0]))
     return transformed_layer(member, size, shape, SIGMAS[non_linearity], make, bias)

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from sparse_gpt.ift.forms import Transform, drawn_as, layer_of, weight_std
 from sparse_gpt.ift.layers import transformed_linear
 from sparse_gpt.model.flops import layer_shapes
-from sparse_gpt.model.linear import SparseLinear
+from sparse_gpt.model.linear import SparseLinear, linears
+from sparse_gpt.ops import BlockLayout
 
 IGNORE = -100  # target value that is not scored
 
@@ -79,30 +80,35 @@ class GPTConfig:
         return cls(**given)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-}
+# Where the active blocks of compactly stored weights are, by weight name: `h.0.attn.q.weight`.
+Layouts = Mapping[str, BlockLayout]
 
 
-def linear(config: GPTConfig, name: str) -> nn.Module:
+def linear(config: GPTConfig, name: str, layouts: Layouts) -> nn.Module:
     """A linear layer of the blocks by name (`h.0.attn.q`), plain or in its member's form."""
     out, inner = config.layer_shapes[name]
     transform = config.transform
     if transform is None or name not in transform.sizes:
-        return SparseLinear(inner, out)
+        return SparseLinear(inner, out, layout=layouts.get(f"{name}.weight"))
+    mine = {
+        weight.removeprefix(f"{name}."): layout
+        for weight, layout in layouts.items()
+        if weight.startswith(f"{name}.")
+    }
     return transformed_linear(
-        transform.member, transform.sizes[name], (out, inner), transform.non_linearity
+        transform.member, transform.sizes[name], (out, inner), transform.non_linearity, mine
     )
 
 
 class Attention(nn.Module):
     """Multi-head causal self-attention; with document ids it also stops at their boundaries."""
 
-    def __init__(self, config: GPTConfig, name: str) -> None:
+    def __init__(self, config: GPTConfig, name: str, layouts: Layouts) -> None:
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.q, self.k, self.v, self.o = (linear(config, f"{name}.{part}") for part in "qkvo")
+        self.q, self.k, self.v, self.o = (
+            linear(config, f"{name}.{part}", layouts) for part in "qkvo"
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         batch, length, width = x.shape
@@ -110,10 +116,11 @@ class Attention(nn.Module):
         def heads(y: Tensor) -> Tensor:
             return y.view(batch, length, self.n_head, -1).transpose(1, 2)
 
+        q, k, v = linears(x, (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(
-            heads(self.q(x)),
-            heads(self.k(x)),
-            heads(self.v(x)),
+            heads(q),
+            heads(k),
+            heads(v),
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None,
@@ -124,24 +131,26 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """`fc2(act(fc1(x)))`."""
 
-    def __init__(self, config: GPTConfig, name: str) -> None:
+    def __init__(self, config: GPTConfig, name: str, layouts: Layouts) -> None:
         super().__init__()
-        self.fc1, self.fc2 = linear(config, f"{name}.fc1"), linear(config, f"{name}.fc2")
-        self.act = ACTIVATIONS[config.activation]
+        self.fc1 = linear(config, f"{name}.fc1", layouts)
+        self.fc2 = linear(config, f"{name}.fc2", layouts)
+        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        (hidden,) = linears(x, (self.fc1,), self.activation)
+        return self.fc2(hidden)
 
 
 class Block(nn.Module):
     """One pre-LN transformer block, of the name `h.<i>`."""
 
-    def __init__(self, config: GPTConfig, name: str) -> None:
+    def __init__(self, config: GPTConfig, name: str, layouts: Layouts) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.attn = Attention(config, f"{name}.attn")
+        self.attn = Attention(config, f"{name}.attn", layouts)
         self.ln_2 = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
-        self.mlp = MLP(config, f"{name}.mlp")
+        self.mlp = MLP(config, f"{name}.mlp", layouts)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -154,10 +163,13 @@ class GPT(nn.Module):
 
     Weights are uninitialised until `init_weights`: initialisation is a function of (seed, name),
     not of the order of construction, and at ZeRO 3 it happens one parameter at a time.
+
+    `layouts`: weights in compact storage, by name; the others are dense parameters.
     """
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, layouts: Layouts | None = None) -> None:
         super().__init__()
+        layouts = layouts or {}
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.d_embed or config.d_model)
         self.project_in: nn.Linear | None = None
@@ -167,7 +179,7 @@ class GPT(nn.Module):
             self.project_out = nn.Linear(config.d_model, config.d_embed, bias=False)
         self.wpe = nn.Embedding(config.n_positions, config.d_model)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config, f"h.{i}") for i in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config, f"h.{i}", layouts) for i in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model, eps=config.layer_norm_epsilon)
 
     def hidden(
@@ -263,8 +275,10 @@ class GPT(nn.Module):
         The same at every width and sparsity (the authors' GPT code; FACTS section 2). Weights of
         transformed layers: `ift.forms.weight_std` of these. The projections keep the variance of
         what goes through them, so that embeddings and logits start on the scale of the model
-        without them. `gathered` opens one parameter at a time where parameters are sharded.
+        without them. A weight in compact storage gets the active blocks of what it would get
+        otherwise. `gathered` opens one parameter at a time where parameters are sharded.
         """
+        layers = self.sparse_layers()
         for name, parameter in self.named_parameters():
             with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
                 if name.endswith("bias"):
@@ -275,9 +289,12 @@ class GPT(nn.Module):
                     std = parameter.shape[1] ** -0.5
                     parameter.copy_(draw_weight(seed, name, tuple(parameter.shape), std))
                 else:
-                    shape: tuple[int, ...] = tuple(parameter.shape)
+                    layer = layers.get(name)
+                    layout = None if layer is None else layer.layout
+                    shape = tuple(parameter.shape) if layout is None else layout.shape
                     std = initial_std(self.config, name)
-                    parameter.copy_(draw_weight(seed, drawn_as(name), shape, std))
+                    weight = draw_weight(seed, drawn_as(name), shape, std)
+                    parameter.copy_(weight if layout is None else layout.gather(weight))
 
 
 def initial_std(config: GPTConfig, name: str) -> float:

@@ -1,34 +1,73 @@
 """Linear layers: one whose weight may be sparse, and one that is dense and a part of another."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_gpt.ops import KERNELS, Kernel, Pattern, power
+from sparse_gpt.ops import (
+    ACTIVATIONS,
+    COMPACT,
+    KERNELS,
+    BlockLayout,
+    CompactKernel,
+    Growth,
+    Kernel,
+    Operand,
+    Pattern,
+    power,
+)
 
 
 class SparseLinear(nn.Module):
     """`y = x (A * W)^T + b`; without a pattern, exactly `nn.Linear`.
 
-    The weight is a dense `[out, in]` parameter (masked storage). The topology controller keeps it
-    exactly zero outside the mask and masks its gradient where it is sharded, so a sparse layer
-    needs no `pattern` here; kernels that ask for one get it from the controller, with `dense_grad`
-    for the steps whose dense gradient grows new weights. Neither is part of the state dict: a
-    topology is saved by the checkpoint, sharded.
+    Masked storage (`layout` None): the weight is a dense `[out, in]` parameter. The topology
+    controller keeps it exactly zero outside the mask and masks its gradient where it is sharded, so
+    a sparse layer needs no `pattern` here; kernels that ask for one get it from the controller,
+    with `dense_grad` for the steps whose dense gradient grows new weights.
+
+    Compact storage: the weight is the values of the active blocks, `[slots, b_out, b_in]`, and
+    `layout` says where they lie. `growth` asks the backward pass for what new blocks grow by.
+
+    None of these is part of the state dict: a topology is saved by the checkpoint, sharded.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        layout: BlockLayout | None = None,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.layout = layout
+        shape = (out_features, in_features)
+        if layout is not None:
+            if layout.shape != shape:
+                raise ValueError(f"a layout of {layout.shape} is not of a weight of {shape}")
+            shape = (layout.count, *layout.block)
+        self.weight = nn.Parameter(torch.empty(shape))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.pattern: Pattern | None = None
         self.dense_grad = False
+        self.growth: Growth | None = None
         self.alpha = 1.0  # Powerpropagation: the weight is a power of the parameter
         self.kernel: Kernel = KERNELS["masked"]
+        self.compact_kernel: CompactKernel = COMPACT["reference"]
+
+    def operand(self, bias: Tensor | None = None) -> Operand:
+        """What a kernel over compact storage computes this layer from."""
+        assert self.layout is not None
+        bias = self.bias if bias is None else bias
+        return Operand(power(self.weight, self.alpha), bias, self.layout, self.growth)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bias`: of the layer this one is a part of, where it has none of its own."""
+        if self.layout is not None:
+            return self.compact_kernel(x, [self.operand(bias)], None)[0]
         bias = self.bias if bias is None else bias
         weight = power(self.weight, self.alpha)
         if self.pattern is None:
@@ -37,7 +76,8 @@ class SparseLinear(nn.Module):
         return self.kernel(x, weight, bias, self.pattern, grad)
 
     def extra_repr(self) -> str:
-        block = None if self.pattern is None else self.pattern.block
+        where = self.pattern if self.layout is None else self.layout
+        block = None if where is None else where.block
         return f"in_features={self.in_features}, out_features={self.out_features}, block={block}"
 
 
@@ -54,3 +94,20 @@ class DenseLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def linears(
+    x: Tensor, layers: Sequence[nn.Module], activation: str | None = None
+) -> tuple[Tensor, ...]:
+    """`act(layer(x))` of each layer, in one call of a kernel where all are compact ones.
+
+    `activation`: a name of `ops.ACTIVATIONS`, or None.
+    """
+    compact = [
+        layer for layer in layers if isinstance(layer, SparseLinear) and layer.layout is not None
+    ]
+    kernels = {layer.compact_kernel for layer in compact}
+    if len(compact) == len(layers) and len(kernels) == 1:
+        return kernels.pop()(x, [layer.operand() for layer in compact], activation)
+    results = tuple(layer(x) for layer in layers)
+    return results if activation is None else tuple(ACTIVATIONS[activation](y) for y in results)

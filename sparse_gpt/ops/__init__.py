@@ -1,7 +1,23 @@
 """Sparse linear algebra as functions: knows tensors and patterns, no model and no method."""
 
-from sparse_gpt.ops.dispatch import KERNELS, Kernel, resolve_kernel
+from sparse_gpt.ops.compact import ACTIVATIONS, CompactKernel, Growth, Operand
+from sparse_gpt.ops.dispatch import COMPACT, KERNELS, Kernel, resolve_compact, resolve_kernel
+from sparse_gpt.ops.layout import BlockLayout
 from sparse_gpt.ops.pattern import Pattern
 from sparse_gpt.ops.power import inverse_power, power
 
-__all__ = ["KERNELS", "Kernel", "Pattern", "inverse_power", "power", "resolve_kernel"]
+__all__ = [
+    "ACTIVATIONS",
+    "COMPACT",
+    "KERNELS",
+    "BlockLayout",
+    "CompactKernel",
+    "Growth",
+    "Kernel",
+    "Operand",
+    "Pattern",
+    "inverse_power",
+    "power",
+    "resolve_compact",
+    "resolve_kernel",
+]

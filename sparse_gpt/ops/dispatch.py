@@ -10,25 +10,68 @@ import torch
 from torch import Tensor
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.ops import masked, reference
+from sparse_gpt.ops import compact, masked, reference
+from sparse_gpt.ops.compact import CompactKernel
 
 logger = logging.getLogger(__name__)
 
 Kernel = Callable[..., Tensor]
 
+# Over masked storage: a dense weight and a pattern.
 KERNELS: dict[str, Kernel] = {
     "masked": masked.sparse_linear,
     "reference": reference.sparse_linear,
 }
+# Over compact storage, in the order in which `auto` tries them; what each needs is in `why_not`.
+COMPACT: dict[str, CompactKernel] = {
+    "reference": compact.sparse_linears,
+}
 
 
-def resolve_kernel(name: str, device: torch.device, storage: str = "masked") -> Kernel:
-    """The function behind a `sparsity.kernel` name, or a `UserError` naming what there is."""
+def resolve_kernel(name: str, device: torch.device) -> Kernel:
+    """The function behind a `sparsity.kernel` over masked storage, or a `UserError`."""
     if name == "auto":
-        logger.info("kernel: auto took 'masked' (%s storage on %s)", storage, device.type)
+        logger.info("kernel: auto took 'masked' (masked storage on %s)", device.type)
         return KERNELS["masked"]
+    if name in COMPACT and name not in KERNELS:
+        raise UserError(f"sparsity.kernel: {name} needs sparsity.storage: compact")
     if name not in KERNELS:
         raise UserError(
             f"sparsity.kernel: no kernel {name!r}; there are: auto, {', '.join(KERNELS)}"
         )
     return KERNELS[name]
+
+
+def why_not(
+    name: str, device: torch.device, block: tuple[int, int], dtype: torch.dtype
+) -> str | None:
+    """Why a kernel over compact storage cannot compute such layers; None where it can."""
+    return None
+
+
+def resolve_compact(
+    name: str, device: torch.device, block: tuple[int, int], dtype: torch.dtype
+) -> tuple[str, CompactKernel]:
+    """The kernel behind a `sparsity.kernel` over compact storage, and its name."""
+    if name != "auto":
+        if name not in COMPACT:
+            raise UserError(
+                f"sparsity.kernel: no kernel {name!r} over compact storage; there are: auto, "
+                f"{', '.join(COMPACT)}"
+            )
+        reason = why_not(name, device, block, dtype)
+        if reason is not None:
+            raise UserError(f"sparsity.kernel: {name} cannot run here: {reason}")
+        return name, COMPACT[name]
+    refused = []
+    for candidate, kernel in COMPACT.items():
+        reason = why_not(candidate, device, block, dtype)
+        if reason is None:
+            logger.info(
+                "kernel: auto took %r (compact storage, blocks of %d x %d, %s on %s%s)",
+                *(candidate, *block, str(dtype).removeprefix("torch."), device.type),
+                "".join(f"; {reason}" for reason in refused),
+            )
+            return candidate, kernel
+        refused.append(f"{candidate}: {reason}")
+    raise RuntimeError("the reference runs everywhere: a bug")

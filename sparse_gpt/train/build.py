@@ -160,7 +160,7 @@ def sparse_layers(
     model: GPT, names: Iterable[str], config: RunConfig, device: torch.device
 ) -> dict[str, SparseLinear]:
     """The layers that are sparse, by weight name, with their kernel."""
-    kernel = resolve_kernel(config.sparsity.kernel, device, config.sparsity.storage)
+    kernel = resolve_kernel(config.sparsity.kernel, device)
     layers = model.sparse_layers()
     for name in names:
         layers[name].kernel, layers[name].alpha = kernel, config.sparsity.powerpropagation
