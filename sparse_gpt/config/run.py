@@ -99,6 +99,11 @@ class RunConfig(Section):
                 f"set, rigl or granet; with {self.sparsity.algorithm} at sparsity "
                 f"{self.sparsity.sparsity} none do: set optimizer.growth: global_step"
             )
+        if self.optimizer.growth == "smet" and self.sparsity.storage == "compact":
+            raise ValueError(
+                "optimizer.growth: smet needs sparsity.storage: masked; set it, or set "
+                "optimizer.growth: global_step"
+            )
         lottery = self.sparsity.lottery
         if self.init_from is not None and lottery is not None and lottery.rewind is not None:
             raise ValueError(

@@ -157,6 +157,9 @@ PARAM_FILTER = (
 )
 
 
+Kernel = Literal["auto", "masked", "block_cpu", "block_triton", "semi_structured", "reference"]
+
+
 class SparsityConfig(Section):
     """What is sparse, how much, and how the pattern moves.
 
@@ -166,6 +169,12 @@ class SparsityConfig(Section):
     `dense_last` blocks stay dense, and layers that `layer_sparsity` names (a glob: a sparsity) have
     their own; the others make up for it, so that the number of active weights is always the uniform
     one's.
+
+    `storage: masked` keeps dense weights with zeros, `compact` the values of active blocks alone,
+    for methods whose layers keep their number of weights; `kernel` computes them. `growth_score`
+    of RigL with compact storage: `exact`, the averaged dense gradient of the global batch, made in
+    update steps; or `microbatch_norm`, the sum of each block's squared norms over micro-batches
+    and ranks, for which no dense gradient is kept.
     """
 
     sparsity: Fraction = 0.0
@@ -180,9 +189,9 @@ class SparsityConfig(Section):
     drop_fraction: DropFractionConfig = DropFractionConfig()
     update: UpdateConfig = UpdateConfig()
     param_filter: tuple[str, ...] = PARAM_FILTER
-    storage: Literal["masked"] = "masked"
-    kernel: Literal["auto", "masked", "reference"] = "auto"
-    growth_score: Literal["exact"] = "exact"
+    storage: Literal["masked", "compact"] = "masked"
+    kernel: Kernel = "auto"
+    growth_score: Literal["exact", "microbatch_norm"] = "exact"
     powerpropagation: Annotated[float, Field(ge=1.0)] = 1.0  # alpha of w = theta |theta|^(alpha-1)
     # What single methods need besides.
     gmp: GMPConfig = GMPConfig()
@@ -240,6 +249,37 @@ class SparsityConfig(Section):
     @model_validator(mode="after")
     def _check_init_mask(self) -> "SparsityConfig":
         check_init_mask(self)
+        return self
+
+    @model_validator(mode="after")
+    def _check_storage(self) -> "SparsityConfig":
+        compact = self.storage == "compact"
+        if self.kernel in ("masked", "semi_structured", "block_cpu", "block_triton"):
+            needed = "compact" if self.kernel.startswith("block_") else "masked"
+            if self.storage != needed:
+                raise ValueError(f"kernel: {self.kernel} needs storage: {needed}")
+        if self.kernel == "semi_structured" and self.structure.n_m != (2, 4):
+            raise ValueError("kernel: semi_structured needs structure: {type: n_m, n: 2, m: 4}")
+        if self.growth_score != "exact" and not (compact and self.algorithm == "rigl"):
+            raise ValueError(
+                f"growth_score: {self.growth_score} is for algorithm: rigl with storage: compact"
+            )
+        if not compact:
+            return self
+        reasons = {
+            f"algorithm: {self.algorithm} changes how many weights are stored": self.algorithm
+            not in ("static", "set", "rigl"),
+            "update.scope: model moves weights between layers": self.update.scope != "layer",
+            "distribution: global finds the layers' numbers from weights": self.distribution
+            == "global",
+            f"init_mask: {self.init_mask} scores all weights first": self.init_mask != "random",
+        }
+        for reason in (reason for reason, holds in reasons.items() if holds):
+            raise ValueError(
+                f"storage: compact keeps the active weights alone, as many in each layer all "
+                f"along, but {reason}; set storage: masked (a checkpoint of one can go on with "
+                "the other)"
+            )
         return self
 
     @model_validator(mode="after")

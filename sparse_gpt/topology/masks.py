@@ -5,7 +5,7 @@ fragment. Masks of blocks are a bit a block, and every rank holds all of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class LayerMask:
 
     A unit is a weight, or a `block`; its canonical index is row-major in the weight, or in the
     grid of blocks. `active` counts the active units of the whole layer, over all ranks.
+    `whole`: every rank holds the bits of single weights too (compact storage).
     """
 
     shape: tuple[int, int]
@@ -29,6 +30,7 @@ class LayerMask:
     bits: Bits
     start: int
     active: int
+    whole: bool = False
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -45,11 +47,12 @@ class LayerMask:
 
     @property
     def sharded(self) -> bool:
-        return self.block_size == 1
+        """Whether ranks hold bits of their own, of what they own of the weight."""
+        return self.block_size == 1 and not self.whole
 
     def flags(self, start: int, stop: int) -> Tensor:
         """0/1 uint8 of elements `[start, stop)` of the flattened weight: 1 inside the mask."""
-        if self.sharded:
+        if self.block_size == 1:
             return self.bits.flags(start - self.start, stop - self.start)
         out_size, in_size = self.block
         width, columns = self.shape[1], self.grid[1]
@@ -72,7 +75,7 @@ class LayerMask:
         values = [values] if isinstance(values, Tensor) else list(values)
         mask = self.on(values[0].device)
         bits, place = mask.bits.data, start - self.start
-        simple = self.sharded and bits.device.type == "cpu" and place % 8 == 0
+        simple = self.block_size == 1 and bits.device.type == "cpu" and place % 8 == 0
         simple &= all(v.is_contiguous() and v.element_size() in _INTEGERS for v in values)
         if simple and (native := passes.native_passes()):
             for value in values:
@@ -110,7 +113,7 @@ class LayerMask:
         """The same on another device."""
         if self.bits.data.device == device:
             return self
-        return LayerMask(self.shape, self.block, self.bits.to(device), self.start, self.active)
+        return replace(self, bits=self.bits.to(device))
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ class SavedLayer:
 
     `trained`: blocks in B where that is a set of its own. `stores_all`: whether weights outside
     A have values. `alpha`: Powerpropagation's, 1 without. `target`: active blocks when its
-    method is done; None where that is not known.
+    method is done; None where that is not known. `compact`: stored as values of its active blocks.
     """
 
     grid: tuple[int, int]
@@ -129,6 +132,12 @@ class SavedLayer:
     stores_all: bool = False
     alpha: float = 1.0
     target: int | None = None
+    compact: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the whole `[out, in]` weight."""
+        return self.grid[0] * self.block[0], self.grid[1] * self.block[1]
 
     @property
     def weights(self) -> int:

@@ -24,6 +24,7 @@ FREE = (
     "model.compile",
     "model.activation_checkpointing",
     "sparsity.kernel",
+    "sparsity.storage",
 )
 
 
