@@ -84,14 +84,14 @@ class BlockLayout:
         rows, columns = self.grid
         b_out, b_in = self.block
         grid = values.new_zeros(rows * columns, b_out, b_in)
-        grid[self.slots.long()] = values
+        grid[self.slots.to(values.device, torch.int64)] = values
         return grid.view(rows, columns, b_out, b_in).transpose(1, 2).reshape(self.shape)
 
     def gather(self, weight: Tensor) -> Tensor:
         """The active blocks of a `[out, in]` weight: `[slots, b_out, b_in]`."""
         rows, columns = self.grid
         b_out, b_in = self.block
-        places = self.slots.long()
+        places = self.slots.to(weight.device, torch.int64)
         grid = weight.reshape(rows, b_out, columns, b_in)
         return grid[places // columns, :, places % columns]
 

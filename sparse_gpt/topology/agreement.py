@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sparse_gpt.topology.bits import chunks
 from sparse_gpt.topology.masks import LayerMask
@@ -46,18 +47,25 @@ def check(masks: Masks, shards: Shards) -> None:
     """
     if not masks:
         return
-    if (shards.replicated or not _sharded(masks)) and dist.get_world_size() > 1:
-        mine = hashlib.sha256()
-        for _, mask in masks:
-            mine.update(mask.bits.data.cpu().numpy().tobytes())
-        number = int(mine.hexdigest()[:15], 16)
-        low = torch.tensor([number, -number], dtype=torch.int64, device=shards.device)
-        dist.all_reduce(low, op=dist.ReduceOp.MIN)
-        if int(low[0]) != -int(low[1]):
-            raise RuntimeError("the ranks' topologies differ: a bug, or a corrupted rank")
+    if shards.replicated or not _sharded(masks):
+        check_equal([mask.bits.data for _, mask in masks], shards)
     wrong = wrong_counts(masks, shards)
     if wrong:
         raise RuntimeError(f"the mask of {wrong[0]}: a bug")
+
+
+def check_equal(tensors: Sequence[Tensor], shards: Shards) -> None:
+    """Raise if some tensors of the topology are not the same on every rank. A collective."""
+    if dist.get_world_size() == 1:
+        return
+    mine = hashlib.sha256()
+    for tensor in tensors:
+        mine.update(tensor.cpu().numpy().tobytes())
+    number = int(mine.hexdigest()[:15], 16)
+    low = torch.tensor([number, -number], dtype=torch.int64, device=shards.device)
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    if int(low[0]) != -int(low[1]):
+        raise RuntimeError("the ranks' topologies differ: a bug, or a corrupted rank")
 
 
 def wrong_counts(masks: Masks, shards: Shards) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.linear import SparseLinear
-from sparse_gpt.ops import Pattern
+from sparse_gpt.ops import BlockLayout, Pattern
 from sparse_gpt.topology import agreement
 from sparse_gpt.topology.bits import Bits, chunks
 from sparse_gpt.topology.masks import LayerMask
@@ -34,7 +34,7 @@ from sparse_gpt.topology.methods import Method, Sets
 from sparse_gpt.topology.scorer import Scorer
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
-from sparse_gpt.topology.units import UnitSet
+from sparse_gpt.topology.units import Units, UnitSet
 
 log = logging.getLogger(__name__)
 
@@ -43,12 +43,14 @@ log = logging.getLogger(__name__)
 class UpdateReport:
     """One topology update: active units, how many were dropped, and how many of those stayed out.
 
-    `churn` is the share of active units that are new.
+    `churn` is the share of active units that are new. `growth_bytes`: the most memory that scores
+    of growth took on a rank, where compact storage gathers them.
     """
 
     active: int
     dropped: int
     replaced: int
+    growth_bytes: int = 0
 
     @property
     def churn(self) -> float:
@@ -60,6 +62,16 @@ class SavedMasks(Protocol):
 
     def mask(self, name: str, start: int, count: int, trained: bool = False) -> Tensor:
         """bool `[count]`: units `start .. start + count - 1` of a layer's A, or of its B."""
+        ...
+
+
+class UnitSource(Protocol):
+    """What makes the units of layers: `Scorer`, or that of another storage."""
+
+    shapes: dict[str, tuple[int, int]]
+
+    def units(self, names: list[str], index: int, scored: bool, whole_model: bool) -> Units:
+        """See `Scorer.units`."""
         ...
 
 
@@ -94,7 +106,7 @@ class TopologyController:
         self.whole_model, self.replaces_step = whole_model, hold_step
         self.show_patterns = show_patterns or method.stores_all
         self.masks: dict[str, LayerMask] = {}
-        self._scorer = Scorer(units, structure, shards, seed, method.growth == "gradient")
+        self._scorer = self._make_scorer()
         self.trained: dict[str, LayerMask] = {}  # B, where it is neither A nor everything
         self._batches = [[n for n in batch if n in layers] for batch in shards.batches()]
         if whole_model and sum(map(bool, self._batches)) > 1:
@@ -108,6 +120,27 @@ class TopologyController:
             self._draw(global_start)
         else:
             self.load(self.read(saved), units)
+
+    @property
+    def layouts(self) -> dict[str, BlockLayout]:
+        """Where the blocks of compactly stored layers lie, by name; empty with masked storage."""
+        return {}
+
+    def set_slots(self, name: str, slots: Tensor) -> None:
+        """The order of a compactly stored layer, as a checkpoint has it."""
+        raise TypeError(f"{name} is not in compact storage")
+
+    def _make_scorer(self) -> UnitSource:
+        by_gradient = self.method.growth == "gradient"
+        return Scorer(self.targets, self.structure, self.shards, self.seed, by_gradient)
+
+    def _spread(self, units: UnitSet) -> UnitSet:
+        """Units as masks hold them -> as the scorer's units are spread over ranks."""
+        return units
+
+    def _join(self, units: UnitSet) -> UnitSet:
+        """The way back. A collective."""
+        return units
 
     def _draw(self, global_start: bool) -> None:
         """The first topology, from (seed, layer name), or from the first weights."""
@@ -179,7 +212,8 @@ class TopologyController:
         wrong = agreement.wrong_counts(self._all_masks(), self.shards)
         if wrong:
             raise UserError(f"the saved mask of {wrong[0]}")
-        misfits = self._scorer.units(names, 0, scored=False, whole_model=False).misfits(forward)
+        unscored = self._scorer.units(names, 0, scored=False, whole_model=False)
+        misfits = unscored.misfits(self._spread(forward))
         if misfits:
             raise UserError(
                 f"the saved mask of {misfits[0]} has not the same number in every group; keep "
@@ -339,14 +373,14 @@ class TopologyController:
         index, targets = self.method.update_index(step), [self.targets[name] for name in names]
         units = self._scorer.units(names, index, scored=True, whole_model=self.whole_model)
         try:
-            new = self.method.update(units, Sets(active), targets, step)
+            new = self.method.update(units, Sets(self._spread(active)), targets, step)
         except ValueError as error:  # on every rank
             raise UserError(
                 f"step {step}: {error}; a weight became infinite or NaN in it. Lower optimizer.lr"
             ) from error
-        now = new.sets.forward
+        now = self._join(new.sets.forward)
         grown = torch.stack([(n - o).count() for n, o in zip(now.parts, active.parts)])
-        if self.structure.unstructured:
+        if any(mask.sharded for mask in old):
             grown = self.shards.sum_over_ranks(grown)
         emptied = [
             n for n, m, size in zip(names, old, now.sizes, strict=True) if m.active > size == 0
@@ -359,7 +393,8 @@ class TopologyController:
                 len(emptied),
                 emptied[0],
             )
-        self._install(names, new.sets, old, self.method.resets_moments(step))
+        sets = Sets(now, new.sets.trained)
+        self._install(names, sets, old, self.method.resets_moments(step))
         if self.on_grown is not None:
             for i, name in enumerate(names):
                 self.on_grown(name, now.parts[i] - active.parts[i], self.masks[name])

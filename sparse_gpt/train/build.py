@@ -10,15 +10,17 @@ from torch import Tensor
 from sparse_gpt.config import DataSource, RunConfig
 from sparse_gpt.data.shards import TokenData, open_data
 from sparse_gpt.errors import UserError
-from sparse_gpt.model.flops import fraction_of_steps
+from sparse_gpt.model.flops import fraction_of_steps, linear_shapes
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.model.linear import SparseLinear
-from sparse_gpt.ops import inverse_power, resolve_kernel
+from sparse_gpt.ops import BlockLayout, inverse_power, resolve_compact, resolve_kernel
 from sparse_gpt.run_method import method_of
 from sparse_gpt.sparse_units import Solution
 from sparse_gpt.topology.bits import Bits
+from sparse_gpt.topology.compact import CompactController, DrawnMasks
 from sparse_gpt.topology.controller import SavedMasks, TopologyController
 from sparse_gpt.topology.masks import LayerMask, SavedLayer
+from sparse_gpt.topology.scorer import UnitMaker
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
 from sparse_gpt.train.optim import AdamW, optimizer_steps
@@ -141,12 +143,16 @@ def initialiser(
     def initialise(
         model: GPT, gathered: Callable[[Any], AbstractContextManager[object]] | None
     ) -> None:
+        layers = model.sparse_layers()
         if source is None:
             model.init_weights(config.seed, gathered)
         else:
             for name, parameter in model.named_parameters():
+                layer = layers.get(name)
+                layout = None if layer is None else layer.layout
                 with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
-                    parameter.copy_(source.parameter(name))
+                    weight = source.parameter(name)
+                    parameter.copy_(weight if layout is None else layout.gather(weight))
         if alpha != 1.0:
             for name in sparse:
                 parameter = model.get_parameter(name)
@@ -157,14 +163,57 @@ def initialiser(
 
 
 def sparse_layers(
-    model: GPT, names: Iterable[str], config: RunConfig, device: torch.device
+    model: GPT, names: Iterable[str], config: RunConfig, device: torch.device, dtype: torch.dtype
 ) -> dict[str, SparseLinear]:
     """The layers that are sparse, by weight name, with their kernel."""
-    kernel = resolve_kernel(config.sparsity.kernel, device)
-    layers = model.sparse_layers()
-    for name in names:
-        layers[name].kernel, layers[name].alpha = kernel, config.sparsity.powerpropagation
-    return {name: layers[name] for name in names}
+    sparsity = config.sparsity
+    layers = {name: layer for name, layer in model.sparse_layers().items() if name in set(names)}
+    if sparsity.storage == "compact" and layers:
+        _, compact = resolve_compact(sparsity.kernel, device, sparsity.structure.block, dtype)
+        for layer in layers.values():
+            layer.compact_kernel = compact
+    elif layers:
+        kernel = resolve_kernel(sparsity.kernel, device)
+        for layer in layers.values():
+            layer.kernel = kernel
+    for layer in layers.values():
+        layer.alpha = sparsity.powerpropagation
+    return layers
+
+
+def first_topology(
+    config: RunConfig,
+    solution: Solution,
+    units: dict[str, int],
+    source: WeightSource | None,
+    world_size: int,
+) -> SavedMasks | None:
+    """The topology that compactly stored weights have their size by; None with masked storage.
+
+    The source's, or drawn as it is for masked storage.
+    """
+    if config.sparsity.storage == "masked" or not units:
+        return None
+    if source is not None and source.layers:
+        return source
+    shapes = linear_shapes(solution.dims, config.transform)
+    maker = UnitMaker(shapes, units, structure_of(config), config.seed)
+    return DrawnMasks(maker.draw(method_of(config, world_size), units))
+
+
+def layouts_of(
+    config: RunConfig, solution: Solution, units: Iterable[str], topology: SavedMasks | None
+) -> dict[str, BlockLayout]:
+    """Where the blocks of a first topology lie, in canonical order, on the CPU."""
+    if topology is None:
+        return {}
+    structure, layouts = structure_of(config), {}
+    shapes = linear_shapes(solution.dims, config.transform)
+    for name in units:
+        rows, columns = structure.grid(shapes[name])
+        active = topology.mask(name, 0, rows * columns).nonzero().view(-1)
+        layouts[name] = BlockLayout(shapes[name], structure.block, active)
+    return layouts
 
 
 def controller_of(
@@ -177,11 +226,25 @@ def controller_of(
 ) -> TopologyController:
     """The topology of a run, at its start: the method's own, or `saved`. A collective."""
     sparsity = config.sparsity
+    method = method_of(config, world_size)
+    if sparsity.storage == "compact":
+        return CompactController(
+            layers,
+            units,
+            structure_of(config),
+            method,
+            config.seed,
+            shards,
+            saved=saved,
+            hold_step=sparsity.update.mode == "replace",
+            growth_score=sparsity.growth_score,
+            micro_steps=config.accumulation(world_size),
+        )
     return TopologyController(
         layers,
         units,
         structure_of(config),
-        method_of(config, world_size),
+        method,
         config.seed,
         shards,
         saved=saved,

@@ -94,10 +94,11 @@ class Checkpointer:
         temporary.mkdir()
 
     def bytes_needed(self) -> int:
-        """Bytes of one checkpoint, all ranks: 12 a parameter, a bit a block, and headers."""
+        """Bytes of one checkpoint, all ranks: 12 a parameter, a bit a unit, 4 a slot, headers."""
         weights = sum(int(np.prod(self.shards.shape(name))) for name in self.shards.parameters)
         bits = sum(mask.units for mask in self.controller.masks.values())
-        return 12 * weights + bits // 8 + (1 << 20)
+        slots = sum(layout.count for layout in self.controller.layouts.values())
+        return 12 * weights + bits // 8 + 4 * slots + (1 << 20)
 
     def _write(self, folder: Path) -> dict[str, dict[str, Any]]:
         written = {}
@@ -118,6 +119,11 @@ class Checkpointer:
             if masks or kind == "topology":
                 file = f"{kind}-{self.rank:05d}.safetensors"
                 written[file] = files.write_tensors(folder / file, bits, ranges)
+        if self.controller.layouts:
+            file = f"slots-{self.rank:05d}.safetensors"
+            mine_of = list(self.controller.layouts.items())[self.rank :: self.world_size]
+            slots = {name: layout.slots.cpu().numpy() for name, layout in mine_of}
+            written[file] = files.write_tensors(folder / file, slots)
         if self.young is not None:
             file = f"young-{self.rank:05d}.safetensors"
             owned = {name: start for name, start, _ in mine}
@@ -189,8 +195,12 @@ class Checkpointer:
         A collective. Works at any number of ranks and any ZeRO stage.
         """
         reader = self._open_verified(path)
-        saved = {name: list(shape) for name, shape in reader.shapes.items()}
-        mine = {name: list(self.shards.shape(name)) for name in self.shards.parameters}
+        saved = {name: list(reader.dense_shape(name)) for name in reader.names}
+        layouts = self.controller.layouts
+        mine = {
+            name: list(layouts[name].shape if name in layouts else self.shards.shape(name))
+            for name in self.shards.parameters
+        }
         if saved != mine:
             raise UserError(f"checkpoint {path} is of another model: its parameters differ")
         if reader.manifest.get("optimizer_steps") is None:
@@ -213,6 +223,7 @@ class Checkpointer:
         if self.controller.digest() != reader.manifest["topology_digest"]:
             raise UserError(f"broken checkpoint {path}: the topology's digest is wrong")
         with torch.no_grad():
+            on_every_rank(lambda: self._read_slots(reader), f"checkpoint {path}")
             on_every_rank(lambda: self._copy_fragments(reader), f"checkpoint {path}")
             self.controller.zero_outside()
             self.shards.push_masters()
@@ -221,14 +232,32 @@ class Checkpointer:
             _set_rng_state(reader.rng(self.rank))
         return reader.manifest
 
+    def _read_slots(self, reader: files.CheckpointReader) -> None:
+        """The order of compact storage; where it was masked, the canonical one stays."""
+        for name, layer in reader.layers.items():
+            if layer.compact and name in self.controller.layouts:
+                self.controller.set_slots(name, reader.slots(name))
+
     def _copy_fragments(self, reader: files.CheckpointReader) -> None:
         for name, fragment in self.shards.fragments():
             for kind, tensor in fragment.tensors().items():
-                tensor.copy_(reader.fragment(name, kind, fragment.start, fragment.numel))
+                tensor.copy_(self._part(reader, name, kind, fragment.start, fragment.numel))
         if self.young is not None:
             self.young.layers.clear()
             for name, (positions, births) in reader.young().items():
                 self.young.load(name, positions, births)
+
+    def _part(
+        self, reader: files.CheckpointReader, name: str, kind: str, start: int, numel: int
+    ) -> torch.Tensor:
+        """fp32 `[numel]`: a range of a parameter as this run stores it, converted where it was
+        stored otherwise: then the whole parameter is read."""
+        layer, layout = reader.layers.get(name), self.controller.layouts.get(name)
+        if layer is None or layer.compact == (layout is not None):
+            return reader.fragment(name, kind, start, numel)
+        dense = reader.stored(name, kind)
+        whole = dense if layout is None else layout.gather(dense)
+        return whole.flatten()[start : start + numel]
 
     def _check_layers(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse a topology of other layers, blocks or final counts than this run's."""
@@ -276,6 +305,7 @@ def _layer_entries(controller: TopologyController) -> dict[str, dict[str, Any]]:
             "target": controller.targets[name],
             "stores_all": controller.method.stores_all,
             "alpha": controller.layers[name].alpha,
+            "storage": "compact" if name in controller.layouts else "masked",
         }
         if name in controller.trained:
             entries[name]["trained"] = controller.trained[name].active

@@ -5,14 +5,16 @@
       master-00000.safetensors          rank 0's fragments of the fp32 weights, by parameter name
       exp_avg-00000, exp_avg_sq-00000   of Adam's moments
       topology-00000.safetensors        rank 0's share of every mask, as bits
+      slots-00000.safetensors           of compact storage: which block lies in which slot, int32
       trained-00000.safetensors         of the trained sets, where a method keeps them apart
       young-00000.safetensors           weights that grew lately (`optimizer.growth: smet`)
       rng-00000.safetensors             rank 0's generator states
 
 A fragment is a range of the flattened parameter, so a checkpoint can be read back at any number
-of ranks and any ZeRO stage. A folder is written as `step-N.tmp` and renamed once every rank is
-done: what has the final name is complete. Everything is safetensors and JSON: loading runs no
-code. Every file is checked against the manifest before it is used.
+of ranks and any ZeRO stage, and in masked or compact storage, whichever it was written in. A
+folder is written as `step-N.tmp` and renamed once every rank is done: what has the final name is
+complete. Everything is safetensors and JSON: loading runs no code. Every file is checked against
+the manifest before it is used.
 """
 
 import json
@@ -31,7 +33,7 @@ from torch import Tensor
 from sparse_gpt.durable import fsync_path, sha256_file
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
-from sparse_gpt.ops import Pattern, power
+from sparse_gpt.ops import BlockLayout, Pattern, power
 from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.train.manifest import read_manifest
 
@@ -80,6 +82,10 @@ def open_checkpoint(path: Path | str, verify: bool = True) -> "CheckpointReader"
     if verify:
         reader.verify(reader.files)
     return reader
+
+
+def _within(values: np.ndarray, stop: int) -> bool:
+    return not values.size or (values.min() >= 0 and values.max() < stop)
 
 
 class CheckpointReader:
@@ -195,14 +201,42 @@ class CheckpointReader:
         Weights that are stored but take no part (Top-KAST, "Search spaces") are 0 in it, and
         Powerpropagation's are powers; `fragment` gives what was stored.
         """
-        shape = self.shapes[name]
-        stored = self.fragment(name, kind, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
-        layer = self.layers.get(name)
+        stored, layer = self.stored(name, kind), self.layers.get(name)
         if kind != "master" or layer is None:
             return stored
         if layer.stores_all:
             stored = self.pattern(name).apply(stored)
         return power(stored, layer.alpha)
+
+    def stored(self, name: str, kind: str = "master") -> Tensor:
+        """A whole parameter as it was trained, fp32; zeros where compact storage holds nothing."""
+        shape, layer = self.shapes[name], self.layers.get(name)
+        stored = self.fragment(name, kind, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
+        if layer is None or not layer.compact:
+            return stored
+        return BlockLayout(layer.shape, layer.block, self.slots(name)).scatter(stored)
+
+    def dense_shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter in masked storage, whatever it was written in."""
+        layer = self.layers.get(name)
+        return self.shapes[name] if layer is None or not layer.compact else layer.shape
+
+    def slots(self, name: str) -> Tensor:
+        """int32 `[slots]`: the canonical index of the block in each slot of a compact layer."""
+        for file in self.files:
+            if file.startswith("slots-"):
+                with self._open(file) as handle:
+                    if name in handle.keys():  # noqa: SIM118
+                        return self._checked_slots(name, handle.get_tensor(name))
+        raise UserError(f"broken checkpoint {self.path}: the slots of {name} are missing")
+
+    def _checked_slots(self, name: str, slots: np.ndarray) -> Tensor:
+        layer = self.layers[name]
+        units = layer.grid[0] * layer.grid[1]
+        right = slots.dtype == np.int32 and slots.shape == (layer.active,)
+        if not right or len(np.unique(slots)) != slots.size or not _within(slots, units):
+            raise UserError(f"broken checkpoint {self.path}: the slots of {name} are no topology")
+        return torch.from_numpy(slots)
 
     @property
     def layers(self) -> dict[str, SavedLayer]:
@@ -216,6 +250,7 @@ class CheckpointReader:
                 entry.get("stores_all", False),
                 entry.get("alpha", 1.0),
                 entry.get("target"),
+                entry.get("storage") == "compact",
             )
             for name, entry in self.manifest["layers"].items()
         }

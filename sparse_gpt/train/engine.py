@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from sparse_gpt.config import RunConfig
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPT, GPTConfig
+from sparse_gpt.ops import BlockLayout
 from sparse_gpt.train.optim import AdamW, build_optimizer, prime_optimizer
 
 logger = logging.getLogger(__name__)
@@ -111,20 +112,23 @@ def build_model(
     gpt_config: GPTConfig,
     ds_config: dict[str, Any],
     initialise: Callable[[GPT, Callable[[Any], AbstractContextManager[object]] | None], None],
+    layouts: Mapping[str, BlockLayout] | None = None,
 ) -> GPT:
     """Construct and initialise the model; at stage 3 no rank ever holds all of it.
+
+    `layouts`: weights in compact storage.
 
     `initialise(model, gathered)` fills the parameters; `gathered` opens one parameter at a time
     where they are sharded, and is None where they are whole.
     """
     if config.deepspeed.zero_stage < 3:
-        model = GPT(gpt_config)
+        model = GPT(gpt_config, layouts)
         initialise(model, None)
         return model
     import deepspeed
 
     with deepspeed.zero.Init(config_dict_or_path=ds_config):
-        model = GPT(gpt_config)
+        model = GPT(gpt_config, layouts)
 
     def gathered(parameter: Any) -> AbstractContextManager[object]:
         return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)

@@ -122,16 +122,21 @@ class Trainer:
                 self.state.flops_spent = config.batch(self.world_size) * cost
             units = counts or units
         ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
+        drawn = build.first_topology(config, self.solution, units, source, self.world_size)
+        layouts = build.layouts_of(config, self.solution, units, drawn)
         model = build_model(
-            config, self.gpt_config, ds_config, build.initialiser(config, source, units)
+            config, self.gpt_config, ds_config, build.initialiser(config, source, units), layouts
         )
-        layers = build.sparse_layers(model, units, config, self.device)
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        layers = build.sparse_layers(model, units, config, self.device, dtype)
         torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
         if finder is not None:
             finder.before_engine(model)
         self.engine, self.optimizer = start_engine(model, config, ds_config, units)
         self.shards = shards_of(self.engine, self.optimizer)
-        saved: SavedMasks | None = source if source is not None and source.layers else None
+        for layer in layers.values():
+            layer.layout = None if layer.layout is None else layer.layout.to(self.device)
+        saved: SavedMasks | None = source if source is not None and source.layers else drawn
         if finder is not None:
             saved = finder.find(self.engine, self.optimizer, self.shards)
             units = saved.units
@@ -412,6 +417,8 @@ class Trainer:
             "dropped": update.dropped,
             "replaced": update.replaced,
         }
+        if update.growth_bytes:
+            values["growth_mb"] = update.growth_bytes / 1e6
         self.metrics.log("topology", step, values)
 
     def _open_run_dir(self) -> None:

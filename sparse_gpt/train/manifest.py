@@ -36,7 +36,8 @@ class LayerEntry(_Strict):
     """One sparse layer: blocks of its grid, the block's shape, and active blocks.
 
     `target`: active blocks when the method is done; `trained`: those in the trained set where it
-    is kept apart; `stores_all`: whether inactive weights have values; `alpha`: Powerpropagation's.
+    is kept apart; `stores_all`: whether inactive weights have values; `alpha`: Powerpropagation's;
+    `storage`: whether the parameter is the whole weight, or its active blocks by slot.
     """
 
     grid: tuple[Count, Count]
@@ -46,6 +47,7 @@ class LayerEntry(_Strict):
     trained: Count | None = None
     stores_all: bool = False
     alpha: Annotated[float, Field(ge=1.0)] = 1.0
+    storage: Literal["masked", "compact"] = "masked"
 
 
 class Manifest(_Strict):
