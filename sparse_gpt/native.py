@@ -3,7 +3,7 @@
 A source file exports plain C functions and includes nothing of torch, so a build takes seconds
 and any torch runs the result. The cache is `$SPARSE_GPT_CACHE`, or `sparse_gpt` in
 `$XDG_CACHE_HOME` or `~/.cache`; a file in it is named by all that its bits depend on (source,
-compiler, flags, CPU). `SPARSE_GPT_NATIVE=0` switches all of it off.
+headers beside it, compiler, flags, CPU). `SPARSE_GPT_NATIVE=0` switches all of it off.
 
 Who calls `library` has a way without it: it is None where nothing can be built, and says once why.
 """
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-Wall")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 if platform.machine() == "x86_64":
     FLAGS += ("-mprefer-vector-width=512",)
 BUILD_SECONDS = 300
@@ -68,7 +68,7 @@ def build(source: Path) -> Path:
     """Compile a source file, unless the cache has the result. Raises `BuildError`."""
     cxx = compiler()
     try:
-        text = source.read_bytes()
+        text = b"\0".join(path.read_bytes() for path in [source, *_headers(source)])
         folder = _private(cache_folder() / "native")
         parts = (text, repr((FLAGS, str(cxx), _version(cxx), _cpu())).encode())
         digest = hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
@@ -80,6 +80,10 @@ def build(source: Path) -> Path:
         return target
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # no home, too
         raise BuildError(f"cannot build in $SPARSE_GPT_CACHE or ~/.cache: {error}") from error
+
+
+def _headers(source: Path) -> list[Path]:
+    return sorted(source.parent.glob("*.h"))
 
 
 def _compile(cxx: Path, source: Path, target: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.ops import compact, masked, reference
+from sparse_gpt.ops import block_cpu, compact, masked, reference
 from sparse_gpt.ops.compact import CompactKernel
 
 logger = logging.getLogger(__name__)
@@ -24,6 +24,7 @@ KERNELS: dict[str, Kernel] = {
 }
 # Over compact storage, in the order in which `auto` tries them; what each needs is in `why_not`.
 COMPACT: dict[str, CompactKernel] = {
+    "block_cpu": block_cpu.sparse_linears,
     "reference": compact.sparse_linears,
 }
 
@@ -46,6 +47,8 @@ def why_not(
     name: str, device: torch.device, block: tuple[int, int], dtype: torch.dtype
 ) -> str | None:
     """Why a kernel over compact storage cannot compute such layers; None where it can."""
+    if name == "block_cpu":
+        return block_cpu.why_not(device, dtype)
     return None
 
 

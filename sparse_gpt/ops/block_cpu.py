@@ -1,0 +1,268 @@
+"""Sparse linear layers over compact storage on CPUs, in C++ (block_cpu_kernels/).
+
+Work and memory go by the active blocks. fp32 and bf16, blocks of any size (1 x 1, too); sums are
+fp32, and results do not depend on the number of threads, which is torch's.
+"""
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from ctypes import c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparse_gpt.native import library
+from sparse_gpt.ops import compact
+from sparse_gpt.ops.compact import Operand, grow_from
+from sparse_gpt.ops.layout import BlockLayout
+
+SOURCE = Path(__file__).parent / "block_cpu_kernels" / "block_cpu.cpp"
+DTYPES = (torch.float32, torch.bfloat16)
+_ACTIVATIONS = {None: 0, "gelu": 1, "gelu_new": 2}  # Activation of gelu.h
+_APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
+
+# Features that a pass goes through at once. Of blocks that use an input a few times, so many stay
+# in the first cache; of others, and of sums over tokens, in the second.
+_NARROW_BAND, _WIDE_BAND, _SUM_BAND = 128, 1024, 512
+
+
+class _Order(ctypes.Structure):
+    _fields_ = (
+        ("starts", c_void_p), ("columns", c_void_p), ("slots", c_void_p), ("bands", c_int32),
+    )  # fmt: skip
+
+
+class _Operand(ctypes.Structure):
+    _fields_ = (
+        ("values", c_void_p), ("bias", c_void_p), ("y", c_void_p), ("inputs", c_void_p),
+        ("dy", c_void_p), ("dvalues", c_void_p), ("dbias", c_void_p), ("out", c_int64),
+        ("blocks", c_int64), ("forward", _Order), ("backward", _Order), ("gradient", _Order),
+    )  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("operands", ctypes.POINTER(_Operand)), ("x", c_void_p), ("dx", c_void_p),
+        ("tokens", c_int64), ("in_", c_int64), ("x_stride", c_int64), ("b_out", c_int32),
+        ("b_in", c_int32), ("count", c_int32), ("half", c_int32), ("pairs", c_int32),
+        ("activation", c_int32), ("threads", c_int32),
+    )  # fmt: skip
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this kernel cannot compute layers there; None where it can."""
+    if device.type != "cpu":
+        return f"it computes on CPUs, not on {device.type}"
+    if dtype not in DTYPES:
+        return f"it has fp32 and bf16, not {str(dtype).removeprefix('torch.')}"
+    if library(SOURCE) is None:
+        return "there is no C++ compiler, or SPARSE_GPT_NATIVE is 0"
+    if not _checked(dtype):
+        return f"its {str(dtype).removeprefix('torch.')} results are wrong on this CPU"
+    return None
+
+
+def sparse_linears(
+    x: Tensor, operands: Sequence[Operand], activation: str | None = None
+) -> tuple[Tensor, ...]:
+    """See `ops.compact.sparse_linears`, the specification."""
+    if len({operand.layout.block for operand in operands}) > 1:
+        return tuple(sparse_linears(x, [operand], activation)[0] for operand in operands)
+    tensors = [t for operand in operands for t in (operand.values, operand.bias)]
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"an input in {x.dtype} and a weight or bias in {tensor.dtype}")
+    if x.shape[-1] != operands[0].layout.shape[1]:
+        raise ValueError(f"{x.shape[-1]} features for weights of {operands[0].layout.shape}")
+    keep = torch.is_grad_enabled()
+    results: Any = _SparseLinears.apply(x, tuple(operands), activation, keep, *tensors)
+    return results
+
+
+@dataclass
+class _Part:
+    """What a call has of one weight; matrices `[..., out]` are contiguous."""
+
+    layout: BlockLayout
+    values: Tensor
+    bias: Tensor | None = None
+    y: Tensor | None = None
+    inputs: Tensor | None = None  # before the activation
+    dy: Tensor | None = None
+    dvalues: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+class _SparseLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        operands: tuple[Operand, ...],
+        activation: str | None,
+        keep: bool,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        parts = []
+        for operand, values, bias in zip(operands, tensors[::2], tensors[1::2], strict=True):
+            assert values is not None
+            y = x.new_empty(*x.shape[:-1], operand.layout.shape[0])
+            inputs = torch.empty_like(y) if keep and activation is not None else None
+            parts.append(_Part(operand.layout, values, bias, y, inputs))
+        _run("forward", _rows(x), parts, activation)
+        if keep:
+            ctx.save_for_backward(x, *tensors[::2], *(part.inputs for part in parts))
+            ctx.operands, ctx.activation = operands, activation
+            ctx.versions = [operand.layout.version for operand in operands]
+        return tuple(part.y for part in parts if part.y is not None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, *saved = ctx.saved_tensors
+        rows, count, parts = _rows(x), len(ctx.operands), []
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        for i, operand in enumerate(ctx.operands):
+            operand.layout.check(ctx.versions[i])
+            part = _Part(operand.layout, saved[i], inputs=saved[count + i])
+            part.dy = grads[i].contiguous()
+            if needs[2 * i]:
+                part.dvalues = torch.empty_like(part.values)
+            if needs[2 * i + 1]:
+                part.dbias = x.new_empty(operand.layout.shape[0])
+            if operand.growth is not None and needs[2 * i]:
+                dy = _before_activation(part.dy, part.inputs, ctx.activation)
+                grow_from(operand.growth, _rows(dy), rows, operand.layout.block)
+            parts.append(part)
+        dx = torch.empty_like(rows) if need_x else None
+        _run("backward", rows, parts, ctx.activation, dx)
+        gradients = [gradient for part in parts for gradient in (part.dvalues, part.dbias)]
+        return (None if dx is None else dx.view(x.shape), None, None, None, *gradients)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[..., features]` -> contiguous `[tokens, features]`."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _before_activation(dy: Tensor, inputs: Tensor | None, activation: str | None) -> Tensor:
+    if activation is None or inputs is None:
+        return dy
+    return torch.ops.aten.gelu_backward(dy, inputs, approximate=_APPROXIMATE[activation])
+
+
+def _run(
+    name: str,
+    x: Tensor,
+    parts: Sequence[_Part],
+    activation: str | None,
+    dx: Tensor | None = None,
+) -> None:
+    """Fill what the parts and dx have room for. x `[tokens, in]`, contiguous."""
+    if x.shape[0] == 0:  # sums over no tokens
+        for part in parts:
+            for gradient in (part.dvalues, part.dbias):
+                if gradient is not None:
+                    gradient.zero_()
+        return
+    native = library(SOURCE)
+    assert native is not None, "why_not says so"
+    block = parts[0].layout.block
+    even = block[0] % 2 == block[1] % 2 == 0
+    pairs = x.dtype == torch.bfloat16 and even and _multiplies_pairs()
+    kept: list[Tensor] = []  # that only the call has pointers to
+    made = (_Operand * len(parts))(*(_operand(part, name, kept) for part in parts))
+    call = _Call(
+        made, _pointer(x), _pointer(dx), *x.shape, x.stride(0), *block, len(parts),
+        x.dtype == torch.bfloat16, pairs, _ACTIVATIONS[activation], torch.get_num_threads(),
+    )  # fmt: skip
+    if getattr(native, name)(ctypes.byref(call)):
+        raise MemoryError(f"block_cpu: no memory to pack {x.shape[0]} tokens into")
+
+
+def _multiplies_pairs() -> bool:
+    """Whether the CPU has an instruction for pairs of bf16; elsewhere they become fp32 first."""
+    native = library(SOURCE)
+    return native is not None and bool(native.has_bf16())
+
+
+def _operand(part: _Part, name: str, kept: list[Tensor]) -> _Operand:
+    layout, values = part.layout, part.values.contiguous()
+    if values.data_ptr() % 4:  # pairs of bf16 are read as one
+        values = values.clone()
+    kept.append(values)
+    pointers = (values, part.bias, part.y, part.inputs, part.dy, part.dvalues, part.dbias)
+    made = _Operand(*map(_pointer, pointers), layout.shape[0], layout.count)
+    rows, inputs = layout.block
+    if name == "forward":
+        made.forward = _order(layout, False, _NARROW_BAND if rows < 8 else _WIDE_BAND)
+    else:
+        made.backward = _order(layout, True, _NARROW_BAND if inputs < 8 else _WIDE_BAND)
+        made.gradient = _order(layout, False, _SUM_BAND)
+    return made
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _order(layout: BlockLayout, transposed: bool, features: int) -> _Order:
+    """The blocks of a weight, or of its transpose, in bands of columns of so many features."""
+    key = ("block_cpu", transposed, features)
+    if key not in layout.cache:
+        layout.cache[key] = _banded(layout, transposed, features)
+    starts, columns, slots, bands = cast(tuple[Tensor, Tensor, Tensor, int], layout.cache[key])
+    return _Order(starts.data_ptr(), columns.data_ptr(), slots.data_ptr(), bands)
+
+
+def _banded(
+    layout: BlockLayout, transposed: bool, features: int
+) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Where each row of each band begins; column and slot of each block; the number of bands."""
+    if transposed:
+        starts, columns, slots = layout.col_ptr, layout.row_idx, layout.col_slot
+        (width, _), (count, rows) = layout.block, layout.grid
+    else:
+        starts, columns, slots = layout.row_ptr, layout.col_idx, layout.row_slot
+        (_, width), (rows, count) = layout.block, layout.grid
+    band = max(1, features // width)
+    bands = -(-count // band)
+    if bands <= 1:
+        return starts, columns, slots, 1
+    row = torch.arange(rows).repeat_interleave(starts.diff())
+    place = columns.long().div(band, rounding_mode="floor") * rows + row
+    order = place.argsort(stable=True)
+    ends = torch.bincount(place, minlength=bands * rows).cumsum(0)
+    starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
+    return starts, columns[order], slots[order], bands
+
+
+@functools.cache
+def _checked(dtype: torch.dtype) -> bool:
+    """Whether a small problem comes out right: not every CPU's path was run by who wrote it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    for block in ((1, 1), (4, 4), (16, 16)):
+        grid = (48 // block[0], 32 // block[1])
+        slots = torch.randperm(grid[0] * grid[1], generator=generator)[: grid[0] * grid[1] // 2]
+        layout = BlockLayout((48, 32), block, slots)
+        values, bias, x, dy = random(len(slots), *block), random(48), random(70, 32), random(70, 48)
+        results = []
+        for kernel, cast_to in ((sparse_linears, dtype), (compact.sparse_linears, torch.float64)):
+            leaves = [t.to(cast_to).requires_grad_() for t in (x, values, bias)]
+            with torch.enable_grad():
+                (y,) = kernel(leaves[0], [Operand(leaves[1], leaves[2], layout)], "gelu_new")
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(cast_to))])
+        bound = 1e-5 if dtype == torch.float32 else 2e-2
+        for mine, right in zip(*results, strict=True):
+            if not float((mine.double() - right).norm()) <= bound * float(right.norm()):
+                return False
+    return True

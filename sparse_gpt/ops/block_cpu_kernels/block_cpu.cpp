@@ -1,0 +1,128 @@
+// Linear layers over compact storage on a CPU: y = act(x W^T + b), and its gradients.
+//
+// Tokens are the vector: inputs are packed into tiles of 64 tokens whose features lie one after
+// another (pack.h), so that a weight is a scalar that meets a vector whatever the blocks are
+// (multiply.h). Every number is summed in one thread and in one order: results do not depend on
+// the number of threads (team.h, plan.h). Sums are fp32; bf16 is rounded once, on its way out.
+
+#include "plan.h"
+
+namespace {
+
+// One weight, its bias, and what belongs to it. Pointers are null where something is not there or
+// not wanted; matrices are row-major and contiguous.
+struct Operand {
+    const void* values;  // [blocks][b_out][b_in]
+    const void* bias;    // [out]
+    void* y;             // [tokens][out]
+    void* inputs;        // [tokens][out], before the activation: written forward, read backward
+    const void* dy;      // [tokens][out]
+    void* dvalues;       // [blocks][b_out][b_in]
+    void* dbias;         // [out]
+    int64_t out, blocks;
+    Order forward, backward, gradient;  // of the passes for y, dx and dvalues
+};
+
+struct Call {
+    const Operand* operands;
+    const void* x;  // [tokens][in], rows x_stride apart
+    void* dx;       // [tokens][in]
+    int64_t tokens, in, x_stride;
+    int32_t b_out, b_in;
+    int32_t count;  // of operands
+    int32_t half;   // everything is bf16, not fp32
+    int32_t pairs;  // multiply pairs of bf16
+    int32_t activation;
+    int32_t threads;
+};
+
+Plan plan_of(const Call& call) {
+    Plan plan;
+    plan.tokens = call.tokens;
+    plan.threads = std::max(1, call.threads);
+    plan.half = call.half;
+    plan.pairs = call.pairs;
+    return plan;
+}
+
+int add_packing(Plan* plan, const Matrix& from, int64_t features, Packing::Kind kind) {
+    plan->packings.push_back({from, features, plan->pairs ? kind : Packing::kFloats});
+    return static_cast<int>(plan->packings.size()) - 1;
+}
+
+Term term(Plan* plan, const Call& call, const Operand& o, bool turned, int packing) {
+    const Order& order = turned ? o.backward : o.forward;
+    plan->values.push_back({o.values, o.blocks, call.b_out, call.b_in, turned, plan->half,
+                            plan->pairs, order.slots});
+    return {packing, static_cast<int>(plan->values.size()) - 1, order};
+}
+
+int run(Plan* plan) {
+    try {
+        plan->run();
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// 1 where pairs of bf16 are multiplied by one instruction.
+int32_t has_bf16() {
+#if defined(__AVX512BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
+// Write y, and inputs where asked for, of every operand. 0, or 1 for want of memory.
+int32_t forward(const Call* call) {
+    Plan plan = plan_of(*call);
+    const Matrix x{call->x, call->x_stride, plan.half};
+    const int packing = add_packing(&plan, x, call->in, Packing::kFeaturePairs);
+    for (int i = 0; i < call->count; ++i) {
+        const Operand& o = call->operands[i];
+        Product p;
+        p.terms.push_back(term(&plan, *call, o, false, packing));
+        p.output = {o.y, o.inputs, o.bias, o.out, plan.half, call->activation};
+        p.rows = o.out / call->b_out;
+        p.b = call->b_out;
+        plan.products.push_back(p);
+    }
+    return run(&plan);
+}
+
+// Write dx, and every operand's dvalues and dbias, each where it is asked for.
+int32_t backward(const Call* call) {
+    Plan plan = plan_of(*call);
+    const bool one_kind = !plan.pairs;  // of packing serves sums over features and over tokens
+    const Matrix x{call->x, call->x_stride, plan.half};
+    Product dx;
+    dx.output = {call->dx, nullptr, nullptr, call->in, plan.half, kNone};
+    dx.rows = call->in / call->b_in;
+    dx.b = call->b_in;
+    int packed_x = -1;
+    for (int i = 0; i < call->count; ++i) {
+        const Operand& o = call->operands[i];
+        const Matrix dy{o.dy, o.out, plan.half, o.inputs, call->activation};
+        int packed = -1;
+        if (call->dx) {
+            packed = add_packing(&plan, dy, o.out, Packing::kFeaturePairs);
+            dx.terms.push_back(term(&plan, *call, o, true, packed));
+        }
+        if (!o.dvalues && !o.dbias) continue;
+        if (packed < 0 || !one_kind) packed = add_packing(&plan, dy, o.out, Packing::kTokenPairs);
+        if (o.dvalues && packed_x < 0)
+            packed_x = add_packing(&plan, x, call->in, Packing::kTokenPairs);
+        plan.sums.push_back({packed, packed_x, o.gradient, o.out / call->b_out, call->b_out,
+                             call->b_in, o.blocks, o.dvalues, o.dbias});
+    }
+    if (call->dx) plan.products.push_back(dx);
+    return run(&plan);
+}
+
+}  // extern "C"

@@ -1,0 +1,164 @@
+// Between row-major matrices [tokens, features] and tiles of 64 tokens, feature after feature.
+//
+// A tile holds, of each feature, its tokens side by side: [features][64] floats, or pairs of bf16:
+// of features [features / 2][64] for sums over features, of tokens [features][32] for sums over
+// tokens. Tokens behind the last one are zeros.
+#pragma once
+
+#include <algorithm>
+
+#include "gelu.h"
+#include "lanes.h"
+
+// A row-major matrix of floats or bf16, and perhaps the pre-activations of the same shape whose
+// slope it is to be multiplied by.
+struct Matrix {
+    const void* data;
+    int64_t stride;  // between rows, in numbers
+    bool half;       // bf16
+    const void* inputs = nullptr;
+    int32_t activation = kNone;
+};
+
+static inline void read(const void* data, int64_t at, bool half, int count, float* out) {
+    if (count < 16) std::fill(out, out + 16, 0.0f);
+    if (half) {
+        const uint16_t* from = static_cast<const uint16_t*>(data) + at;
+        if (count == 16)
+            for (int i = 0; i < 16; ++i) out[i] = wide(from[i]);
+        else
+            for (int i = 0; i < count; ++i) out[i] = wide(from[i]);
+    } else {
+        std::memcpy(out, static_cast<const float*>(data) + at, count < 16 ? count * 4 : 64);
+    }
+}
+
+static inline void write(void* data, int64_t at, bool half, int count, const float* in) {
+    if (half) {
+        uint16_t* to = static_cast<uint16_t*>(data) + at;
+        if (count == 16)
+            for (int i = 0; i < 16; ++i) to[i] = narrow(in[i]);
+        else
+            for (int i = 0; i < count; ++i) to[i] = narrow(in[i]);
+    } else {
+        std::memcpy(static_cast<float*>(data) + at, in, count < 16 ? count * 4 : 64);
+    }
+}
+
+// 16 numbers of a row from `feature` on; zeros behind `count`.
+static inline void read_row(const Matrix& m, int64_t token, int64_t feature, int count,
+                            float* out) {
+    const int64_t at = token * m.stride + feature;
+    read(m.data, at, m.half, count, out);
+    if (!m.inputs) return;
+    float inputs[16];
+    read(m.inputs, at, m.half, count, inputs);
+    for (int i = 0; i < 16; i += kLanes)
+        store(out + i, load(out + i) * slope(load(inputs + i), m.activation));
+}
+
+static inline void put(const float* rows, int count, float* tile, int width) {
+    alignas(64) float turned[256];
+    if (count == 16) return transpose(rows, 16, tile, width);
+    transpose(rows, 16, turned, 16);
+    for (int i = 0; i < count; ++i) std::memcpy(tile + i * width, turned + 16 * i, 64);
+}
+
+// Features first .. last of the tokens from `start` on, into a tile.
+static void pack_floats(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
+                        int64_t last, float* tile) {
+    alignas(64) float rows[256];
+    for (int u = 0; u < kTile; u += 16)
+        for (int64_t f = first; f < last; f += 16) {
+            const int count = static_cast<int>(std::min<int64_t>(16, last - f));
+            for (int i = 0; i < 16; ++i)
+                if (start + u + i < tokens)
+                    read_row(m, start + u + i, f, count, rows + 16 * i);
+                else
+                    std::fill(rows + 16 * i, rows + 16 * i + 16, 0.0f);
+            put(rows, count, tile + f * kTile + u, kTile);
+        }
+}
+
+// The same in pairs of features; `first` and `last` are even.
+static void pack_feature_pairs(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
+                               int64_t last, float* tile) {
+    alignas(64) float rows[256];
+    for (int u = 0; u < kTile; u += 16)
+        for (int64_t f = first; f < last; f += 32) {
+            const int count = static_cast<int>(std::min<int64_t>(32, last - f));
+            for (int i = 0; i < 16; ++i) {
+                float* row = rows + 16 * i;
+                const int64_t token = start + u + i;
+                if (token >= tokens || count < 32) std::fill(row, row + 16, 0.0f);
+                if (token >= tokens) continue;
+                if (!m.inputs) {
+                    const uint16_t* from = static_cast<const uint16_t*>(m.data);
+                    std::memcpy(row, from + token * m.stride + f, 2 * count);
+                    continue;
+                }
+                alignas(64) float wide_row[32];
+                for (int h = 0; h < 32; h += 16)
+                    read_row(m, token, f + h, std::clamp(count - h, 0, 16), wide_row + h);
+                for (int p = 0; p < 16; ++p)
+                    row[p] = pair_of(narrow(wide_row[2 * p]), narrow(wide_row[2 * p + 1]));
+            }
+            put(rows, count / 2, tile + f / 2 * kTile + u, kTile);
+        }
+}
+
+// The same in pairs of tokens.
+static void pack_token_pairs(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
+                             int64_t last, float* tile) {
+    alignas(64) float rows[256], pair[32];
+    for (int u = 0; u < kTile / 2; u += 16)
+        for (int64_t f = first; f < last; f += 16) {
+            const int count = static_cast<int>(std::min<int64_t>(16, last - f));
+            for (int i = 0; i < 16; ++i) {
+                for (int h = 0; h < 2; ++h) {
+                    const int64_t token = start + 2 * (u + i) + h;
+                    if (token < tokens)
+                        read_row(m, token, f, count, pair + 16 * h);
+                    else
+                        std::fill(pair + 16 * h, pair + 16 * h + 16, 0.0f);
+                }
+                for (int j = 0; j < 16; ++j)
+                    rows[16 * i + j] = pair_of(narrow(pair[j]), narrow(pair[16 + j]));
+            }
+            put(rows, count, tile + f * (kTile / 2) + u, kTile / 2);
+        }
+}
+
+// What a product becomes on its way out.
+struct Output {
+    void* y;         // row-major [tokens, features]
+    void* inputs;    // before the activation, or null
+    const void* bias;  // or null
+    int64_t stride;
+    bool half;
+    int32_t activation;
+};
+
+// sums [rows][64] -> features first .. first + rows of the tokens from `start` on.
+// 16 rows behind the last are read, and not used.
+static void unpack(const float* sums, int64_t first, int64_t rows, int64_t start, int64_t tokens,
+                   const Output& out) {
+    alignas(64) float turned[256], bias[16];
+    for (int u = 0; u < kTile && start + u < tokens; u += 16)
+        for (int64_t r = 0; r < rows; r += 16) {
+            const int count = static_cast<int>(std::min<int64_t>(16, rows - r));
+            transpose(sums + r * kTile + u, kTile, turned, 16);
+            if (out.bias) read(out.bias, first + r, out.half, count, bias);
+            for (int i = 0; i < 16 && start + u + i < tokens; ++i) {
+                float* row = turned + 16 * i;
+                const int64_t at = (start + u + i) * out.stride + first + r;
+                if (out.bias)
+                    for (int j = 0; j < 16; ++j) row[j] += bias[j];
+                if (out.inputs) write(out.inputs, at, out.half, count, row);
+                if (out.activation != kNone)
+                    for (int j = 0; j < 16; j += kLanes)
+                        store(row + j, activate(load(row + j), out.activation));
+                write(out.y, at, out.half, count, row);
+            }
+        }
+}
