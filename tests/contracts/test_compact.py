@@ -138,6 +138,55 @@ def test_another_layout_goes_on_from_compact_slots(corpus, tmp_path):
     assert end[0] == pytest.approx(whole[0][7:], rel=1e-5)
 
 
+@pytest.mark.parametrize("member", ["wide", "parallel", "factorized", "doped"])
+def test_members(corpus, tmp_path, member):
+    both = [changes(s, "rigl", steps=7, ift__member=member) for s in ("masked", "compact")]
+    compare(corpus, tmp_path, 2, *both)
+    same_weights(newest(tmp_path / "0"), newest(tmp_path / "1"))
+
+
+def test_an_update_that_replaces_the_step(corpus, tmp_path):
+    more = {"sparsity__update": {"freq": 3, "mode": "replace"}}
+    compare(corpus, tmp_path, 2, *(changes(s, steps=7, **more) for s in ("masked", "compact")))
+
+
+def test_activation_checkpointing(corpus, tmp_path):
+    more = {"model__activation_checkpointing": True}
+    compare(corpus, tmp_path, 2, *(changes(s, steps=7, **more) for s in ("masked", "compact")))
+
+
+def weights_from(corpus, out, more, source):
+    """Losses of a run that starts from the weights of another."""
+    losses = []
+    with trainer(run_config(corpus, out, **more), open_checkpoint(source)) as made:
+        after_every_step(made, lambda step, health, update: losses.append(health.loss))
+        made.fit()
+    return losses
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_run_from_weights_of_the_other_storage(corpus, tmp_path, storage):
+    run_ranks(2, train, corpus, f"{tmp_path}/start", changes(storage))
+    found = []
+    for own in ("masked", "compact"):
+        more = changes(own, "static", steps=4)
+        out = f"{tmp_path}/{own}"
+        found += run_ranks(2, weights_from, corpus, out, more, f"{tmp_path}/start/0")[:1]
+    assert found[0] == found[1]
+
+
+def test_growth_by_norms_of_micro_batches(corpus, tmp_path):
+    """Ranks agree (a run checks it after every update), and it is not growth by the whole batch."""
+    exact, norms = (
+        changes("compact", steps=7, sparsity__growth_score=score)
+        for score in ("exact", "microbatch_norm")
+    )
+    first, second = run_ranks(2, train, corpus, str(tmp_path), exact, norms)[0]
+    assert first[0][:3] == second[0][:3]
+    assert [update[0] for update in first[1]] == [update[0] for update in second[1]]
+    assert first[1][0][1] != second[1][0][1]
+
+
 def state_bytes(corpus, out, more):
     """Bytes on this rank of weights, gradients and Adam of the layers that can be sparse."""
     with trainer(run_config(corpus, out, **more)) as made:
