@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_gpt.ops import block_cpu
 from sparse_gpt.train.checkpoint_files import open_checkpoint
 from tests.contracts.runs import after_every_step, run_config, trainer
 from tests.ranks import run_ranks
@@ -87,6 +88,29 @@ def test_200_steps(corpus, tmp_path, method, structure):
     both = [changes(s, method, structure, 200, **more) for s in ("masked", "compact")]
     compare(corpus, tmp_path, 2, *both)
     same_weights(newest(tmp_path / "0"), newest(tmp_path / "1"))
+
+
+def masks_of(reader):
+    return {name: pattern.active for name, pattern in reader.patterns().items()}
+
+
+@pytest.mark.skipif(
+    block_cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="no native kernels"
+)
+@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("structure", ["block", "unstructured"])
+def test_a_real_kernel_stays_within_the_bounds_of_contract_4(corpus, tmp_path, method, structure):
+    """50 steps in fp32: masks of IoU >= 0.999, losses to 1e-4."""
+    more = {"optimizer__lr": 1e-3, "schedule__warmup_steps": 10, "sparsity__update": {"freq": 5}}
+    masked, compact = (changes(s, method, structure, 50, **more) for s in ("masked", "compact"))
+    compact["sparsity__kernel"] = "block_cpu"
+    first, second = run_ranks(2, train, corpus, str(tmp_path), masked, compact)[0]
+    assert second[0] == pytest.approx(first[0], rel=0, abs=1e-4)
+    assert first[0] != second[0]  # it was another kernel
+    pairs = [masks_of(newest(tmp_path / name)) for name in ("0", "1")]
+    both = sum(int((pairs[0][n] & pairs[1][n]).sum()) for n in pairs[0])
+    either = sum(int((pairs[0][n] | pairs[1][n]).sum()) for n in pairs[0])
+    assert both / either >= 0.999
 
 
 # One micro-batch a step: else stages 0 and 1 add micro-batches up before ranks, and compact
