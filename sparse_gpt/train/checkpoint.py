@@ -235,8 +235,13 @@ class Checkpointer:
     def _read_slots(self, reader: files.CheckpointReader) -> None:
         """The order of compact storage; where it was masked, the canonical one stays."""
         for name, layer in reader.layers.items():
-            if layer.compact and name in self.controller.layouts:
-                self.controller.set_slots(name, reader.slots(name))
+            if not layer.compact or name not in self.controller.layouts:
+                continue
+            slots = reader.slots(name)
+            try:
+                self.controller.set_slots(name, slots)
+            except UserError as error:
+                raise UserError(f"broken checkpoint {reader.path}: {error}") from None
 
     def _copy_fragments(self, reader: files.CheckpointReader) -> None:
         for name, fragment in self.shards.fragments():

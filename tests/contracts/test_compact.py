@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from sparse_gpt.errors import UserError
 from sparse_gpt.ops import block_cpu
-from sparse_gpt.train.checkpoint_files import open_checkpoint
+from sparse_gpt.train.checkpoint_files import open_checkpoint, write_tensors
+from sparse_gpt.train.manifest import write_manifest
 from tests.contracts.runs import after_every_step, run_config, trainer
 from tests.ranks import run_ranks
 
@@ -130,7 +133,7 @@ def test_three_ranks(corpus, tmp_path):
         assert masked[0] == pytest.approx(compact[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16(corpus, tmp_path, stage):
     more = {"precision": "bf16", "deepspeed__zero_stage": stage}
     both = [changes(storage, "rigl", "block", 7, **more) for storage in ("masked", "compact")]
@@ -151,6 +154,47 @@ def test_a_run_goes_on_in_either_storage(corpus, tmp_path, method, first, then):
     assert start[0] + end[0] == whole[0]
     assert end[1] == whole[1][-len(end[1]) :] and len(end[1]) > 1
     same_weights(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
+def broken_slots(corpus, out, change):
+    """The error of going on from a checkpoint whose slots were changed, manifest and all."""
+    reader = newest(Path(out))
+    manifest = dict(reader.manifest)
+    file = next(name for name in reader.files if name.startswith("slots-"))
+    slots = load_file(reader.path / file)
+    name = next(iter(slots))
+    if change == "twice":
+        slots[name][0] = slots[name][1]
+    elif change == "outside":
+        slots[name][0] = 2**20
+    elif change == "another":
+        free = set(range(int(slots[name].max()) + 1)) - set(slots[name].tolist())
+        slots[name][0] = free.pop()
+    else:
+        del slots[name]
+    arrays = {key: value.numpy() for key, value in slots.items()}
+    manifest["files"] = {**manifest["files"], file: write_tensors(reader.path / file, arrays)}
+    write_manifest(reader.path, {key: value for key, value in manifest.items() if key != "sha256"})
+    try:
+        train(corpus, out, changes("compact"))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("twice", "are no topology"),
+        ("outside", "are no topology"),
+        ("another", "are not those of its mask"),
+        ("missing", "are missing"),
+    ],
+)
+def test_slots_that_are_not_the_masks_are_refused(corpus, tmp_path, change, said):
+    run_ranks(1, train, corpus, str(tmp_path), changes("compact", stop_at=4))
+    (error,) = run_ranks(1, broken_slots, corpus, str(tmp_path), change)
+    assert error is not None and said in error and "broken checkpoint" in error
 
 
 def test_another_layout_goes_on_from_compact_slots(corpus, tmp_path):
