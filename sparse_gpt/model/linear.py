@@ -1,6 +1,7 @@
 """Linear layers: one whose weight may be sparse, and one that is dense and a part of another."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -101,13 +102,14 @@ def _is_whole(layer: SparseLinear) -> bool:
     return layer.layout is not None and not hasattr(layer.weight, "ds_id")
 
 
-@torch.compiler.disable
-def _compact(
+def _by_kernel(
     x: Tensor, layers: Sequence[SparseLinear], bias: Tensor | None, activation: str | None
 ) -> tuple[Tensor, ...]:
-    """Layers by their one kernel. A compiler would trace what backward gives away (`ops.Growth`),
-    and index tensors that change in place."""
     return layers[0].compact_kernel(x, [layer.operand(bias) for layer in layers], activation)
+
+
+# A compiler would trace what backward gives away (`ops.Growth`), and indices that change in place.
+_compact: Any = torch.compiler.disable(_by_kernel)
 
 
 def linears(
