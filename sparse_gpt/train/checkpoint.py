@@ -123,7 +123,8 @@ class Checkpointer:
             file = f"slots-{self.rank:05d}.safetensors"
             mine_of = list(self.controller.layouts.items())[self.rank :: self.world_size]
             slots = {name: layout.slots.cpu().numpy() for name, layout in mine_of}
-            written[file] = files.write_tensors(folder / file, slots)
+            ranges = {name: (0, tensor.size) for name, tensor in slots.items()}
+            written[file] = files.write_tensors(folder / file, slots, ranges)
         if self.young is not None:
             file = f"young-{self.rank:05d}.safetensors"
             owned = {name: start for name, start, _ in mine}

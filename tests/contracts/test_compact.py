@@ -173,7 +173,9 @@ def broken_slots(corpus, out, change):
     else:
         del slots[name]
     arrays = {key: value.numpy() for key, value in slots.items()}
-    manifest["files"] = {**manifest["files"], file: write_tensors(reader.path / file, arrays)}
+    ranges = {key: (0, value.size) for key, value in arrays.items()}
+    entry = write_tensors(reader.path / file, arrays, ranges)
+    manifest["files"] = {**manifest["files"], file: entry}
     write_manifest(reader.path, {key: value for key, value in manifest.items() if key != "sha256"})
     try:
         train(corpus, out, changes("compact"))
