@@ -23,7 +23,6 @@ FREE = (
     "deepspeed.*",
     "model.compile",
     "model.activation_checkpointing",
-    "model.loss_chunk",
     "sparsity.kernel",
     "sparsity.storage",
 )

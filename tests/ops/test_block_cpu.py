@@ -94,14 +94,16 @@ def test_forward_and_gradients_are_the_references(block, lanes):
     share=st.floats(0, 1),
     tokens=st.integers(0, 140),
     half=st.booleans(),
-    activation=st.sampled_from([None, "gelu", "gelu_new"]),
     seed=st.integers(0, 10**6),
 )
-def test_any_shape_is_right(block, grid, share, tokens, half, activation, seed):
-    """Empty block rows and columns, one block, no block, one token, no token."""
+def test_any_shape_is_right(block, grid, share, tokens, half, seed):
+    """Empty block rows and columns, one block, no block, one token, no token.
+
+    Without an activation: a slope that happens to be near 0 has no relative error to speak of.
+    """
     layout = random_layout(grid, block, share, torch.Generator().manual_seed(seed))
     x, weights = problem([layout], tokens, DTYPES[half], seed)
-    check(x, weights, [layout], activation)
+    check(x, weights, [layout], None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -172,6 +174,20 @@ def test_inputs_of_any_shape_and_stride_and_no_bias():
         results.append([y.detach(), *torch.autograd.grad(y.sum(), (x, values))])  # dy of stride 0
     for got, right in zip(*results, strict=True):
         torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+def test_activations_and_their_slopes_are_right_everywhere(activation):
+    layout = BlockLayout((1, 1), (1, 1), torch.tensor([0]))
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e30, 1e30, 0.0])])[:, None]
+    one = torch.ones(1, 1, 1)
+    results = []
+    for kernel, dtype in ((KERNEL, torch.float32), (REFERENCE, torch.float64)):
+        leaf = x.to(dtype).requires_grad_()
+        (y,) = kernel(leaf, [Operand(one.to(dtype), None, layout)], activation)
+        results.append([y.detach().double(), torch.autograd.grad(y.sum(), leaf)[0].double()])
+    for got, right in zip(*results, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-6)
 
 
 def test_without_gradients_nothing_is_kept():

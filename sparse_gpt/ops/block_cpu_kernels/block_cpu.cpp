@@ -46,7 +46,7 @@ Plan plan_of(const Call& call) {
 }
 
 int add_packing(Plan* plan, const Matrix& from, int64_t features, Packing::Kind kind) {
-    plan->packings.push_back({from, features, plan->pairs ? kind : Packing::kFloats});
+    plan->packings.push_back({from, features, kind});
     return static_cast<int>(plan->packings.size()) - 1;
 }
 
@@ -83,7 +83,8 @@ int32_t has_bf16() {
 int32_t forward(const Call* call) {
     Plan plan = plan_of(*call);
     const Matrix x{call->x, call->x_stride, plan.half};
-    const int packing = add_packing(&plan, x, call->in, Packing::kFeaturePairs);
+    const auto by_feature = plan.pairs ? Packing::kFeaturePairs : Packing::kFloats;
+    const int packing = add_packing(&plan, x, call->in, by_feature);
     for (int i = 0; i < call->count; ++i) {
         const Operand& o = call->operands[i];
         Product p;
@@ -99,7 +100,9 @@ int32_t forward(const Call* call) {
 // Write dx, and every operand's dvalues and dbias, each where it is asked for.
 int32_t backward(const Call* call) {
     Plan plan = plan_of(*call);
-    const bool one_kind = !plan.pairs;  // of packing serves sums over features and over tokens
+    const auto by_feature = plan.pairs ? Packing::kFeaturePairs : Packing::kFloats;
+    const auto by_token = plan.pairs ? Packing::kTokenPairs : Packing::kFloats;
+    const auto panels = plan.pairs ? Packing::kPairPanels : Packing::kPanels;
     const Matrix x{call->x, call->x_stride, plan.half};
     Product dx;
     dx.output = {call->dx, nullptr, nullptr, call->in, plan.half, kNone};
@@ -111,13 +114,15 @@ int32_t backward(const Call* call) {
         const Matrix dy{o.dy, o.out, plan.half, o.inputs, call->activation};
         int packed = -1;
         if (call->dx) {
-            packed = add_packing(&plan, dy, o.out, Packing::kFeaturePairs);
+            packed = add_packing(&plan, dy, o.out, by_feature);
             dx.terms.push_back(term(&plan, *call, o, true, packed));
         }
         if (!o.dvalues && !o.dbias) continue;
-        if (packed < 0 || !one_kind) packed = add_packing(&plan, dy, o.out, Packing::kTokenPairs);
+        if (packed < 0 || by_token != by_feature)
+            packed = add_packing(&plan, dy, o.out, by_token);
         if (o.dvalues && packed_x < 0)
-            packed_x = add_packing(&plan, x, call->in, Packing::kTokenPairs);
+            packed_x = add_packing(&plan, x, call->in,
+                                   by_panel(call->b_out, call->b_in) ? panels : by_token);
         plan.sums.push_back({packed, packed_x, o.gradient, o.out / call->b_out, call->b_out,
                              call->b_in, o.blocks, o.dvalues, o.dbias});
     }

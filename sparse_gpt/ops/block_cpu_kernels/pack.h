@@ -2,7 +2,7 @@
 //
 // A tile holds, of each feature, its tokens side by side: [features][64] floats, or pairs of bf16:
 // of features [features / 2][64] for sums over features, of tokens [features][32] for sums over
-// tokens. Tokens behind the last one are zeros.
+// tokens. Tokens behind the last one are zeros. Panels hold 16 features token after token.
 #pragma once
 
 #include <algorithm>
@@ -80,6 +80,19 @@ static void pack_floats(const Matrix& m, int64_t start, int64_t tokens, int64_t 
         }
 }
 
+// The same in panels of 16 features: [features / 16][64][16]. `first` and `last` are multiples.
+static void pack_panels(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
+                        int64_t last, float* tile) {
+    for (int t = 0; t < kTile; ++t)
+        for (int64_t f = first; f < last; f += 16) {
+            float* to = tile + f * kTile + t * 16;
+            if (start + t < tokens)
+                read_row(m, start + t, f, 16, to);
+            else
+                std::fill(to, to + 16, 0.0f);
+        }
+}
+
 // The same in pairs of features; `first` and `last` are even.
 static void pack_feature_pairs(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
                                int64_t last, float* tile) {
@@ -107,26 +120,34 @@ static void pack_feature_pairs(const Matrix& m, int64_t start, int64_t tokens, i
         }
 }
 
+// The token pair start, start + 1 of 16 features.
+static inline void read_token_pair(const Matrix& m, int64_t start, int64_t tokens, int64_t f,
+                                   int count, float* out) {
+    alignas(64) float two[32] = {};
+    for (int h = 0; h < 2; ++h)
+        if (start + h < tokens) read_row(m, start + h, f, count, two + 16 * h);
+    for (int j = 0; j < 16; ++j) out[j] = pair_of(narrow(two[j]), narrow(two[16 + j]));
+}
+
 // The same in pairs of tokens.
 static void pack_token_pairs(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
                              int64_t last, float* tile) {
-    alignas(64) float rows[256], pair[32];
+    alignas(64) float rows[256];
     for (int u = 0; u < kTile / 2; u += 16)
         for (int64_t f = first; f < last; f += 16) {
             const int count = static_cast<int>(std::min<int64_t>(16, last - f));
-            for (int i = 0; i < 16; ++i) {
-                for (int h = 0; h < 2; ++h) {
-                    const int64_t token = start + 2 * (u + i) + h;
-                    if (token < tokens)
-                        read_row(m, token, f, count, pair + 16 * h);
-                    else
-                        std::fill(pair + 16 * h, pair + 16 * h + 16, 0.0f);
-                }
-                for (int j = 0; j < 16; ++j)
-                    rows[16 * i + j] = pair_of(narrow(pair[j]), narrow(pair[16 + j]));
-            }
+            for (int i = 0; i < 16; ++i)
+                read_token_pair(m, start + 2 * (u + i), tokens, f, count, rows + 16 * i);
             put(rows, count, tile + f * (kTile / 2) + u, kTile / 2);
         }
+}
+
+// The same in panels of 16 features: [features / 16][32][16].
+static void pack_pair_panels(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
+                             int64_t last, float* tile) {
+    for (int t = 0; t < kTile / 2; ++t)
+        for (int64_t f = first; f < last; f += 16)
+            read_token_pair(m, start + 2 * t, tokens, f, 16, tile + f * (kTile / 2) + t * 16);
 }
 
 // What a product becomes on its way out.

@@ -3,21 +3,25 @@
 
 #include <cstdlib>
 #include <new>
+#include <sys/mman.h>
 #include <vector>
 
 #include "multiply.h"
 #include "pack.h"
+#include "sums.h"
 #include "team.h"
 
-constexpr int64_t kRangeOutputs = 1024;  // whose sums a thread holds: 256 kB
+constexpr int64_t kRangeSums = 2048;     // of 64 tokens, that a thread holds: 512 kB
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
 constexpr int64_t kSumTiles = 8;         // that one sum over tokens runs through
-constexpr int64_t kPartFloats = 16 << 20;  // that packed tiles may take, if kSumTiles fit
+constexpr int64_t kTilesAtOnce = 4;      // that a weight meets when it comes by
+constexpr int64_t kHugePage = 2 << 20;
+constexpr int64_t kPartFloats = 4 << 20;  // that packed tiles may take, if kSumTiles fit
 
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// The blocks of a weight, as a pass reads them: in place, or written in the order of the pass.
+// The blocks of a weight as a pass reads them: in its order, as lanes of outputs_at_once.
 struct Values {
     const void* data;  // [blocks][b_out][b_in]
     int64_t blocks;
@@ -27,49 +31,46 @@ struct Values {
     const int32_t* slots;  // in order
     int64_t at = 0;        // in the scratch memory
 
-    int64_t size() const { return static_cast<int64_t>(b_out) * b_in; }
-
-    bool in_place() const {
-        const bool readable = pairs ? !turned : !half;
-        // Of blocks smaller than a cache line, most of what comes along would be others.
-        return readable && size() * (half ? 2 : 4) >= 64;
-    }
-
-    int64_t floats() const { return in_place() ? 0 : blocks * size() / (pairs ? 2 : 1); }
+    int64_t units() const { return (turned ? b_out : b_in) / (pairs ? 2 : 1); }
+    int64_t outputs() const { return turned ? b_in : b_out; }
+    int64_t floats() const { return blocks * outputs() * units(); }
 
     void write(int64_t block, float* base) const {
-        float* to = base + at + block * size() / (pairs ? 2 : 1);
-        const int64_t from = slots[block] * size();
+        const int64_t size = static_cast<int64_t>(b_out) * b_in, from = slots[block] * size;
+        float* to = base + at + block * outputs() * units();
+        // Between neighbours of a sum, and between outputs.
+        const int64_t step = turned ? b_in : 1, across = turned ? 1 : b_in;
+        const int once = outputs_at_once(static_cast<int>(outputs()));
+        const float* whole = static_cast<const float*>(data) + from;
         const uint16_t* halves = static_cast<const uint16_t*>(data) + from;
-        if (!half)
-            std::memcpy(to, static_cast<const float*>(data) + from, 4 * size());
-        else if (!pairs)
-            for (int64_t i = 0; i < size(); ++i) to[i] = wide(halves[i]);
-        else if (!turned)
-            std::memcpy(to, halves, 2 * size());
-        else
-            for (int32_t r = 0; r < b_out; r += 2, halves += 2 * b_in)
-                for (int32_t c = 0; c < b_in; ++c) *to++ = pair_of(halves[c], halves[b_in + c]);
+        for (int64_t output = 0; output < outputs(); output += once)
+            for (int64_t unit = 0; unit < units(); ++unit)
+                for (int64_t o = output; o < output + once; ++o)
+                    if (!half)
+                        *to++ = whole[o * across + unit * step];
+                    else if (!pairs)
+                        *to++ = wide(halves[o * across + unit * step]);
+                    else
+                        *to++ = pair_of(halves[o * across + 2 * unit * step],
+                                        halves[o * across + (2 * unit + 1) * step]);
     }
 };
 
 // A matrix [tokens, features] and the tiles it is packed into.
 struct Packing {
-    enum Kind { kFloats, kFeaturePairs, kTokenPairs };
+    enum Kind { kFloats, kPanels, kFeaturePairs, kTokenPairs, kPairPanels };
     Matrix from;
     int64_t features;
     Kind kind;
     int64_t at = 0;  // in the scratch memory
 
-    int64_t step() const { return features * (kind == kFloats ? kTile : kTile / 2); }  // a tile
+    // Floats of a tile.
+    int64_t step() const { return features * (kind <= kPanels ? kTile : kTile / 2); }
 
     void pack(int64_t start, int64_t tokens, int64_t first, int64_t last, float* tile) const {
-        if (kind == kFloats)
-            pack_floats(from, start, tokens, first, last, tile);
-        else if (kind == kFeaturePairs)
-            pack_feature_pairs(from, start, tokens, first, last, tile);
-        else
-            pack_token_pairs(from, start, tokens, first, last, tile);
+        constexpr decltype(&pack_floats) by_kind[] = {pack_floats, pack_panels, pack_feature_pairs,
+                                                      pack_token_pairs, pack_pair_panels};
+        by_kind[kind](from, start, tokens, first, last, tile);
     }
 };
 
@@ -120,7 +121,11 @@ public:
             std::free(data_);
             data_ = nullptr;
             size_ = 0;
-            if (posix_memalign(&data_, 4096, static_cast<size_t>(count) * 4)) throw std::bad_alloc();
+            const size_t bytes = static_cast<size_t>(round_up(count * 4, kHugePage));
+            if (posix_memalign(&data_, kHugePage, bytes)) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+            madvise(data_, bytes, MADV_HUGEPAGE);  // rows of tiles are all over the place
+#endif
             size_ = count;
         }
         return static_cast<float*>(data_);
@@ -163,8 +168,8 @@ private:
         };
         for (Values& v : values) {
             v.at = take(v.floats());
-            const int64_t slab = std::max<int64_t>(1, kSlab * 64 / v.size());
-            if (v.floats()) split(v.blocks, slab, &v - values.data(), &writes_);
+            const int64_t slab = std::max<int64_t>(1, kSlab * 64 / (v.outputs() * v.units()));
+            split(v.blocks, slab, &v - values.data(), &writes_);
         }
         for (const Packing& p : packings) step += p.step();
         tiles_ = std::min(tiles, std::max(kSumTiles, kPartFloats / std::max<int64_t>(1, step)));
@@ -190,19 +195,20 @@ private:
         }
     }
 
-    // Ranges of outputs: all of a tile, if there are tiles enough for all threads.
+    // Ranges of outputs: all of a panel, if there are panels enough for all threads.
     void lay_out_products() {
         int64_t outputs = 0;
         for (const Product& p : products) outputs += p.rows * p.b;
-        const int64_t wanted = ceil_div(outputs * std::max<int64_t>(1, tiles_), 4 * threads);
-        const int64_t most = std::min(kRangeOutputs, round_up(std::max<int64_t>(1, wanted), 16));
+        panel_ = std::clamp<int64_t>(tiles_ / (2 * threads), 1, kTilesAtOnce);
+        const int64_t panels = ceil_div(std::max<int64_t>(1, tiles_), panel_);
+        const int64_t wanted = std::max<int64_t>(1, ceil_div(outputs * panels, 4 * threads));
+        const int64_t most = std::min(kRangeSums / panel_, round_up(wanted, 16));
         for (const Product& p : products) {
             const int64_t rows = std::max<int64_t>(1, most / p.b);
             split(p.rows, rows, &p - products.data(), &ranges_);
             // unpack reads 16 rows more than there are
-            range_floats_ = std::max(range_floats_, (rows * p.b + 16) * kTile);
+            range_floats_ = std::max(range_floats_, panel_ * (rows * p.b + 16) * kTile);
         }
-        whole_tiles_ = tiles_ >= 4 * threads;
     }
 
     static void split(int64_t count, int64_t step, int64_t of, std::vector<Range>* ranges) {
@@ -229,10 +235,10 @@ private:
                 p.pack((part.start + tile) * kTile, tokens, r.first, r.last,
                        base_ + p.at + tile * p.step());
             });
-            const int64_t whole = whole_tiles_ ? count(ranges_) : 1;
-            team.each(part.tiles * count(ranges_) / whole, [&](int64_t i) {
-                for (int64_t j = i * whole; j < (i + 1) * whole; ++j)
-                    multiply<Lane>(part, ranges_[j % count(ranges_)], j / count(ranges_), thread);
+            team.each(ceil_div(part.tiles, panel_) * count(ranges_), [&](int64_t i) {
+                const int64_t first = i / count(ranges_) * panel_;
+                const int64_t tiles = std::min(panel_, part.tiles - first);
+                multiply<Lane>(part.start, first, tiles, ranges_[i % count(ranges_)], thread);
             });
             team.each(count(sum_ranges_),
                       [&](int64_t i) { sum_up<Lane>(part, sum_ranges_[i]); });
@@ -241,27 +247,26 @@ private:
         team.each(count(sum_ranges_), [this](int64_t i) { narrow_sums(sum_ranges_[i]); });
     }
 
+    // One range of the outputs of some tiles of the part that begins at `part`.
     template <typename Lane>
-    void multiply(const Part& part, const Range& r, int64_t tile, int thread) {
+    void multiply(int64_t part, int64_t first, int64_t tiles, const Range& r, int thread) {
         const Product& p = products[r.of];
-        float* held = base_ + held_[thread];
-        std::fill(held, held + (r.last - r.first) * p.b * kTile, 0.0f);
-        const int64_t start = (part.start + tile) * kTile;
+        const int64_t outputs = (r.last - r.first) * p.b;
+        const int64_t start = (part + first) * kTile, end = std::min(tokens, start + tiles * kTile);
+        const Tiles<float> sums{base_ + held_[thread], (outputs + 16) * kTile};
+        std::fill(sums.data, sums.data + tiles * sums.step, 0.0f);
         for (const Term& term : p.terms) {
             const Values& v = values[term.values];
             const Packing& x = packings[term.packing];
-            Weights w;
-            w.order = term.order;
-            w.rows = p.rows;
-            w.values = v.in_place() ? static_cast<const float*>(v.data) : base_ + v.at;
-            w.slots = v.in_place() ? v.slots : nullptr;
-            w.outputs = p.b;
-            w.units = (v.turned ? v.b_out : v.b_in) / Lane::kPerUnit;
-            w.turned = v.turned;
-            w.x = base_ + x.at + tile * x.step();
-            add_rows<Lane>(w, r.first, r.last, tokens - start, held);
+            const Weights w{term.order,  base_ + v.at,
+                            p.rows,      p.b,
+                            static_cast<int32_t>(v.units()),
+                            {base_ + x.at + first * x.step(), x.step()}};
+            add_rows<Lane>(w, r.first, r.last, end - start, sums);
         }
-        unpack(held, r.first * p.b, (r.last - r.first) * p.b, start, tokens, p.output);
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            unpack(sums.data + tile * sums.step, r.first * p.b, outputs, start + tile * kTile,
+                   tokens, p.output);
     }
 
     template <typename Lane>
@@ -271,13 +276,13 @@ private:
         for (int64_t tile = 0; tile < part.tiles; tile += kSumTiles) {
             const int64_t tiles = std::min(kSumTiles, part.tiles - tile);
             const bool add = part.start + tile > 0;
-            const Tiles left{base_ + dy.at + tile * dy.step(), dy.step()};
+            const Tiles<const float> left{base_ + dy.at + tile * dy.step(), dy.step()};
             if (s.values) {
                 const Packing& x = packings[s.x];
-                const Tiles right{base_ + x.at + tile * x.step(), x.step()};
+                const Tiles<const float> right{base_ + x.at + tile * x.step(), x.step()};
                 const Gradient g{s.order, s.rows, s.b_out, s.b_in, left, right, tiles,
                                  s.value_sums, add};
-                outer_rows<Lane>(g, r.first, r.last);
+                add_gradient<Lane>(g, r.first, r.last);
             }
             if (s.bias)
                 sum_tokens<Lane>(left, tiles, r.first * s.b_out, r.last * s.b_out, add,
@@ -298,7 +303,7 @@ private:
     }
 
     int64_t tiles_ = 0;  // of a part
-    bool whole_tiles_ = false;
+    int64_t panel_ = 1;  // tiles that are multiplied at once
     std::vector<Range> writes_, packs_, ranges_, sum_ranges_;
     int64_t range_floats_ = 0;
     std::vector<int64_t> held_;  // where each thread's sums are

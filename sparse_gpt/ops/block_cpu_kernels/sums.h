@@ -1,0 +1,200 @@
+// Sums over tokens: the gradients of a weight's blocks, and of a bias.
+//
+// Blocks of multiples of 16 are sums of outer products, 16 outputs x 16 inputs at once: inputs lie
+// in panels, [features / 16][tokens][16], and a gradient of an output is a scalar that meets them.
+// Others are dot products along the tokens of tiles, sixteen at once.
+#pragma once
+
+#include "multiply.h"
+
+constexpr int kPanel = 16;  // features of a panel
+
+struct Gradient {
+    Order order;
+    int64_t rows;             // block rows
+    int32_t outputs, inputs;  // of a block
+    Tiles<const float> dy;    // packed, [rows * outputs][width]
+    Tiles<const float> x;     // packed: in panels if `by_panel`, or [features][width]
+    int64_t tiles;
+    float* values;  // [blocks][outputs][inputs], by slot
+    bool add;       // to what is there
+};
+
+static inline bool by_panel(int32_t outputs, int32_t inputs) {
+    return outputs % 16 == 0 && inputs % kPanel == 0;
+}
+
+// Four floats at `to`, or their sum with what is there.
+static inline void put_four(const float* sums, bool add, float* to) {
+    for (int i = 0; i < 4; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
+}
+
+// R outputs x 16 inputs of a block, `to` between whose rows lie `inputs` values.
+template <typename Lane, int R>
+static inline void outer_products(const Gradient& g, const float* dy, const float* x, float* to) {
+    constexpr int width = kTile / Lane::kPerUnit, parts = kPanel / kLanes;
+    Vec acc[R][parts];
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int p = 0; p < parts; ++p) acc[r][p] = Vec{};
+    for (int64_t tile = 0; tile < g.tiles; ++tile) {
+        const float* left = dy + tile * g.dy.step;
+        const float* right = x + tile * g.x.step;
+        for (int t = 0; t < width; ++t) {
+            Vec in[parts];
+            UNROLL
+            for (int p = 0; p < parts; ++p) in[p] = load(right + t * kPanel + p * kLanes);
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                const Vec each = splat(left[r * width + t]);
+                UNROLL
+                for (int p = 0; p < parts; ++p) acc[r][p] = Lane::dot(acc[r][p], in[p], each);
+            }
+        }
+    }
+    for (int r = 0; r < R; ++r)
+        for (int p = 0; p < parts; ++p) {
+            float* at = to + static_cast<int64_t>(r) * g.inputs + p * kLanes;
+            store(at, g.add ? load(at) + acc[r][p] : acc[r][p]);
+        }
+}
+
+// Block rows first .. last of all bands, of blocks of multiples of 16.
+template <typename Lane>
+static void outer_rows(const Gradient& g, int64_t first, int64_t last) {
+    constexpr int width = kTile / Lane::kPerUnit;
+    constexpr int R = kLanes == 16 ? 16 : 4;
+    const int64_t size = static_cast<int64_t>(g.outputs) * g.inputs;
+    for (int32_t band = 0; band < g.order.bands; ++band)
+        for (int64_t row = first; row < last; ++row) {
+            const int32_t* starts = g.order.starts + band * g.rows + row;
+            const float* dy = g.dy.data + row * g.outputs * width;
+            for (int64_t b = starts[0]; b < starts[1]; ++b) {
+                const float* x = g.x.data + static_cast<int64_t>(g.order.columns[b]) * g.inputs * width;
+                float* to = g.values + g.order.slots[b] * size;
+                for (int input = 0; input < g.inputs; input += kPanel)
+                    for (int output = 0; output < g.outputs; output += R)
+                        outer_products<Lane, R>(g, dy + output * width, x + input * width,
+                                                to + static_cast<int64_t>(output) * g.inputs + input);
+            }
+        }
+}
+
+// Sixteen sums over tokens: sums[r * C + c] of dy row r and the input at x[c]; R * C is 16.
+template <typename Lane, int R, int C>
+static inline void dot_tokens(const Gradient& g, const float* dy, const float* const* x,
+                              float* sums) {
+    constexpr int width = kTile / Lane::kPerUnit;
+    Vec acc[R * C];
+    UNROLL
+    for (int i = 0; i < R * C; ++i) acc[i] = Vec{};
+    for (int64_t tile = 0; tile < g.tiles; ++tile) {
+        const float* rows = dy + tile * g.dy.step;
+        const int64_t skip = tile * g.x.step;
+        UNROLL
+        for (int v = 0; v < width; v += kLanes) {
+            Vec left[R];
+            UNROLL
+            for (int r = 0; r < R; ++r) left[r] = load(rows + r * width + v);
+            UNROLL
+            for (int c = 0; c < C; ++c) {
+                const Vec right = load(x[c] + skip + v);
+                UNROLL
+                for (int r = 0; r < R; ++r)
+                    acc[r * C + c] = Lane::dot(acc[r * C + c], left[r], right);
+            }
+        }
+    }
+    sum_lanes(acc, sums);
+}
+
+// Block rows first .. last of all bands, of blocks whose inputs are a multiple of 4.
+template <typename Lane>
+static void dot_rows(const Gradient& g, int64_t first, int64_t last) {
+    constexpr int width = kTile / Lane::kPerUnit;
+    const int64_t size = static_cast<int64_t>(g.outputs) * g.inputs;
+    float sums[16];
+    const float* x[4];
+    for (int32_t band = 0; band < g.order.bands; ++band)
+        for (int64_t row = first; row < last; ++row) {
+            const int32_t* starts = g.order.starts + band * g.rows + row;
+            const float* dy = g.dy.data + row * g.outputs * width;
+            for (int64_t b = starts[0]; b < starts[1]; ++b)
+                for (int input = 0; input < g.inputs; input += 4) {
+                    const int64_t column = static_cast<int64_t>(g.order.columns[b]) * g.inputs;
+                    for (int c = 0; c < 4; ++c) x[c] = g.x.data + (column + input + c) * width;
+                    float* to = g.values + g.order.slots[b] * size + input;
+                    for (int output = 0; output < g.outputs; output += 4) {
+                        dot_tokens<Lane, 4, 4>(g, dy + output * width, x, sums);
+                        for (int r = 0; r < 4; ++r)
+                            put_four(sums + 4 * r, g.add, to + static_cast<int64_t>(output + r) * g.inputs);
+                    }
+                }
+        }
+}
+
+// The same of any blocks: columns are those of one block or of several, as it comes.
+template <typename Lane, int R, int C>
+static void dot_any_rows(const Gradient& g, int64_t first, int64_t last) {
+    constexpr int width = kTile / Lane::kPerUnit;
+    float sums[16];
+    const float* x[C];
+    float* to[C];
+    for (int32_t band = 0; band < g.order.bands; ++band)
+        for (int64_t row = first; row < last; ++row) {
+            const int32_t* starts = g.order.starts + band * g.rows + row;
+            const int64_t columns = static_cast<int64_t>(starts[1] - starts[0]) * g.inputs;
+            const float* dy = g.dy.data + row * g.outputs * width;
+            int64_t block = starts[0];
+            int32_t input = 0;
+            for (int64_t column = 0; column < columns; column += C) {
+                const int count = static_cast<int>(std::min<int64_t>(C, columns - column));
+                for (int c = 0; c < C; ++c) {
+                    if (c < count) {
+                        const int64_t at = g.order.columns[block] * static_cast<int64_t>(g.inputs);
+                        x[c] = g.x.data + (at + input) * width;
+                        to[c] = g.values + static_cast<int64_t>(g.order.slots[block]) * g.outputs *
+                                               g.inputs + input;
+                        if (++input == g.inputs) ++block, input = 0;
+                    } else {
+                        x[c] = x[0];
+                    }
+                }
+                for (int output = 0; output < g.outputs; output += R) {
+                    dot_tokens<Lane, R, C>(g, dy + output * width, x, sums);
+                    for (int r = 0; r < R; ++r)
+                        for (int c = 0; c < count; ++c) {
+                            float* value = to[c] + static_cast<int64_t>(output + r) * g.inputs;
+                            *value = g.add ? *value + sums[r * C + c] : sums[r * C + c];
+                        }
+                }
+            }
+        }
+}
+
+template <typename Lane>
+static void add_gradient(const Gradient& g, int64_t first, int64_t last) {
+    if (by_panel(g.outputs, g.inputs)) return outer_rows<Lane>(g, first, last);
+    if (g.outputs % 4 == 0 && g.inputs % 4 == 0) return dot_rows<Lane>(g, first, last);
+    if (g.outputs % 4 == 0) return dot_any_rows<Lane, 4, 4>(g, first, last);
+    if (g.outputs % 2 == 0) return dot_any_rows<Lane, 2, 8>(g, first, last);
+    dot_any_rows<Lane, 1, 16>(g, first, last);
+}
+
+// sums [rows] (+)= the sum over tokens of each row of dy.
+template <typename Lane>
+static void sum_tokens(const Tiles<const float>& dy, int64_t tiles, int64_t first, int64_t last, bool add,
+                       float* sums) {
+    constexpr int width = kTile / Lane::kPerUnit;
+    const Vec one = splat(Lane::ones());
+    for (int64_t row = first; row < last; ++row) {
+        Vec acc = {};
+        for (int64_t tile = 0; tile < tiles; ++tile)
+            for (int v = 0; v < width; v += kLanes)
+                acc = Lane::dot(acc, load(dy.data + tile * dy.step + row * width + v), one);
+        float sum = add ? sums[row] : 0.0f;
+        for (int l = 0; l < kLanes; ++l) sum += acc[l];
+        sums[row] = sum;
+    }
+}
