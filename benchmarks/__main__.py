@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("topology_update", "n_m")
+BENCHMARKS = ("topology_update", "n_m", "train_step")
 
 
 def main() -> int:

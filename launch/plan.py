@@ -54,7 +54,8 @@ def main() -> int:
     from sparse_gpt.config_file import load_config
     from sparse_gpt.data.megatron import is_megatron
     from sparse_gpt.data.shards import open_data
-    from sparse_gpt.plan import Cluster, plan, render, update_table
+    from sparse_gpt.plan import plan, render
+    from sparse_gpt.plan_updates import Cluster, update_table
 
     config = load_config(args.config, args.overrides)
     vocab_size, source = args.vocab_size, config.data[0]

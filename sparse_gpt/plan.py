@@ -1,17 +1,22 @@
 """What a run will take, before it starts: pure arithmetic on dimensions, at any size."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
 from sparse_gpt.config import RunConfig
-from sparse_gpt.errors import UserError
 from sparse_gpt.ift.forms import Transform
 from sparse_gpt.ift.iso_flop import Residual, residual
-from sparse_gpt.memory import StageMemory, activation_bytes, by_stage
-from sparse_gpt.model.flops import FlopsLedger, linear_weights, sequence_flops
+from sparse_gpt.memory import (
+    StageMemory,
+    activation_bytes,
+    by_stage,
+    growth_bytes,
+    state_bytes,
+    view_bytes,
+)
+from sparse_gpt.model.flops import FlopsLedger, linear_shapes, linear_weights, sequence_flops
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.run_method import method_of
 from sparse_gpt.run_phases import topology_updates
@@ -45,6 +50,10 @@ class Plan:
     parameters: int
     active_parameters: int
     base_parameters: int
+    storage: str
+    stored_parameters: int
+    layer_bytes: int  # of the linear layers' states: weights, gradients, Adam's, views of blocks
+    base_layer_bytes: int  # of the base model's
 
     flops_per_token: int
     base_flops_per_token: int
@@ -74,7 +83,8 @@ class Plan:
     activations_checkpointed: int
     checkpoint_bytes: int
     sparse_layers: int  # weights with a mask of their own
-    update: UpdateCost | None  # of a topology update of a rank; None where there are none
+    growth_bytes: int  # of a rank with compact storage, in steps that grow by gradient
+    update: UpdateCost | None  # of a topology update of a rank with masked storage, if any
     update_freq: int
 
     def as_dict(self) -> dict[str, Any]:
@@ -110,7 +120,7 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         precision = config.precision
         if precision == "auto":
             precision = "bf16" if config.deepspeed.zero_stage else "fp32"
-    units, block = solution.units, config.block_size
+    units, block, storage = solution.units, config.block_size, config.sparsity.storage
     active = {name: kept * block for name, (kept, _) in units.items()}
     dropped = sum(every - kept for kept, every in units.values()) * block
     # A layer that keeps everything has no mask.
@@ -124,6 +134,17 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
     total = batch * run_cost(config, vocab_size, solution, world_size)
 
     parameters = parameter_count(dims, vocab_size, gpt.n_positions, gpt.transform)
+    stored, views = parameters, 0
+    if storage == "compact":
+        stored = parameters - dropped
+        shapes, (b_out, b_in) = linear_shapes(dims, gpt.transform), config.sparsity.structure.block
+        views = sum(
+            view_bytes(units[name][0], (shapes[name][0] // b_out, shapes[name][1] // b_in))
+            for name in masked
+        )
+    layers = residual(base, dims, active, gpt.transform)["all"]
+    held = layers.active + stored - (parameters - dropped)
+    each = sum(state_bytes(precision, config.deepspeed.zero_stage))
     micro = config.micro_batch_size
     memory_args = (gpt, micro, config.seq_len, precision)
     return Plan(
@@ -136,10 +157,14 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         sparsity=config.sparsity.sparsity,
         solve=config.ift.solve,
         achieved_sparsity=float(solution.sparsity),
-        layer_residual=residual(base, dims, active, gpt.transform)["all"],
+        layer_residual=layers,
         parameters=parameters,
         active_parameters=parameters - dropped,
         base_parameters=parameter_count(base, vocab_size, gpt.n_positions),
+        storage=storage,
+        stored_parameters=stored,
+        layer_bytes=each * held + views,
+        base_layer_bytes=each * layers.base,
         flops_per_token=ledger.active.total // config.seq_len,
         base_flops_per_token=base_flops // config.seq_len,
         masked_flops_per_token=ledger.dense.total // config.seq_len,
@@ -162,21 +187,36 @@ def plan(config: RunConfig, vocab_size: int, world_size: int, precision: str | N
         zero_stage=config.deepspeed.zero_stage,
         offload_optimizer=config.deepspeed.offload_optimizer,
         memory=by_stage(
-            gpt, parameters, masked, block, micro, config.seq_len, precision, world_size
+            *(gpt, stored, masked, block, micro, config.seq_len, precision, world_size),
+            views=views if storage == "compact" else None,
         ),
         activations=activation_bytes(*memory_args, checkpointing=False),
         activations_checkpointed=activation_bytes(*memory_args, checkpointing=True),
-        # fp32 master and two moments, and a bit a block.
-        checkpoint_bytes=12 * parameters + sum(-(-count // 8) for count in masked.values()),
+        # fp32 master and two moments, a bit a block, and what lies in each slot.
+        checkpoint_bytes=12 * stored
+        + sum(-(-count // 8) for count in masked.values())
+        + (4 * sum(units[name][0] for name in masked) if storage == "compact" else 0),
         sparse_layers=len(masked),
+        growth_bytes=_growth_bytes(config, masked, block, precision, world_size) if updates else 0,
         update=_update_cost(config, masked, block, parameters, world_size) if updates else None,
         update_freq=config.sparsity.update.freq,
     )
 
 
+def _growth_bytes(
+    config: RunConfig, units: dict[str, int], block: int, precision: str, world_size: int
+) -> int:
+    if config.sparsity.storage == "masked" or method_of(config, world_size).growth != "gradient":
+        return 0
+    weights, micro = [count * block for count in units.values()], config.accumulation(world_size)
+    return growth_bytes(weights, block, config.sparsity.growth_score, precision, world_size, micro)
+
+
 def _update_cost(
     config: RunConfig, units: dict[str, int], block: int, parameters: int, world_size: int
-) -> UpdateCost:
+) -> UpdateCost | None:
+    if config.sparsity.storage == "compact":
+        return None
     weights = [count * block for count in units.values()]
     whole_model, stage = config.sparsity.update.scope == "model", config.deepspeed.zero_stage
     ranks = world_size if stage else 1
@@ -212,6 +252,12 @@ def render(plan: Plan) -> str:
             f"  sparsity     {plan.sparsity:g} nominal, {plan.achieved_sparsity:.6f} solved; "
             f"{plan.algorithm}, {plan.topology_updates:,} updates"
         )
+        over = plan.layer_bytes / plan.base_layer_bytes
+        lines.append(
+            f"  storage      {plan.storage}: {plan.stored_parameters:,} parameters; linear layers "
+            f"take {bytes_text(plan.layer_bytes)} (weights, gradients, Adam), {over:.3f}x the "
+            "dense base model's"
+        )
     if plan.ift_member != "none":
         lines.append(f"  iso-FLOP     {_iso_flop(plan)}")
     if m.transform is not None:
@@ -232,23 +278,29 @@ def render(plan: Plan) -> str:
     for stage, memory in plan.memory.items():
         chosen = "*" if stage == plan.zero_stage else " "
         lines.append(
-            f"   {chosen} stage {stage}   {_bytes(memory.total)} = weights "
-            f"{_bytes(memory.weights)} + gradients {_bytes(memory.gradients)} + optimizer "
-            f"{_bytes(memory.optimizer)} + masks {_bytes(memory.masks)} + activations "
-            f"{_bytes(memory.activations)}"
+            f"   {chosen} stage {stage}   {bytes_text(memory.total)} = weights "
+            f"{bytes_text(memory.weights)} + gradients {bytes_text(memory.gradients)} + optimizer "
+            f"{bytes_text(memory.optimizer)} + masks {bytes_text(memory.masks)} + "
+            + (f"views {bytes_text(memory.views)} + " if memory.views else "")
+            + f"activations {bytes_text(memory.activations)}"
         )
     if plan.offload_optimizer != "none":
         lines.append("    the optimizer's share lies in host memory (offload_optimizer)")
     lines += [
-        f"    activations {_bytes(plan.activations)}, with activation checkpointing "
-        f"{_bytes(plan.activations_checkpointed)}",
-        f"  checkpoint   {_bytes(plan.checkpoint_bytes)}",
+        f"    activations {bytes_text(plan.activations)}, with activation checkpointing "
+        f"{bytes_text(plan.activations_checkpointed)}",
+        f"  checkpoint   {bytes_text(plan.checkpoint_bytes)}",
     ]
+    if plan.growth_bytes:
+        lines.append(
+            f"  growth       {bytes_text(plan.growth_bytes)} more memory a rank in update steps, "
+            f"every {plan.update_freq} steps"
+        )
     if plan.update is not None:
         u = plan.update
         lines.append(
-            f"  update       {u.exchanges} exchanges, {_bytes(u.sent)} sent a rank and "
-            f"{_bytes(u.extra)} more memory, every {plan.update_freq} steps (times: --updates)"
+            f"  update       {u.exchanges} exchanges, {bytes_text(u.sent)} sent a rank and "
+            f"{bytes_text(u.extra)} more memory, every {plan.update_freq} steps (times: --updates)"
         )
     return "\n".join(lines)
 
@@ -287,65 +339,9 @@ def _ratio(part: int, whole: int) -> str:
     return f"{part / whole:.4f}x"
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """In kB, MB, GB or TB."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What times are estimated from: a GPU's memory and network in bytes/s, its peak in FLOP/s.
-
-    `latency`: seconds an exchange takes however small; `launch`: to start an operation; `mfu`:
-    share of the peak that training reaches. The defaults are an H100 SXM in
-    bf16 with 400 Gbit/s of network a GPU.
-    """
-
-    memory: float = 3.35e12
-    network: float = 50e9
-    latency: float = 50e-6
-    launch: float = 5e-6
-    peak: float = 989e12
-    mfu: float = 0.4
-
-
-def update_table(plans: Sequence[Plan], cluster: Cluster) -> str:
-    """Topology updates of one run on different numbers of GPUs, a line a number.
-
-    Exchanges and bytes follow the code; times follow from them and the cluster's figures, and were
-    not measured on a GPU. The training step is what masked storage computes.
-    """
-    head = (
-        f"  {'GPUs':>6} {'exchanges':>9} {'sent/layer':>11} {'sent':>10} {'extra memory':>13} "
-        f"{'update':>10} {'/Adam':>6} {'step':>10} {'of training':>11}"
-    )
-    lines = [
-        f"topology updates: {plans[0].name}, {plans[0].parameters:,} parameters, "
-        f"{plans[0].algorithm}, every {plans[0].update_freq} steps, ZeRO {plans[0].zero_stage}",
-        f"  estimated for {cluster.memory / 1e9:.0f} GB/s memory, {cluster.network / 1e9:g} GB/s "
-        f"network and {cluster.peak / 1e12:.0f} TFLOP/s a GPU at {cluster.mfu:.0%}, "
-        f"{cluster.latency * 1e6:g} us an exchange, {cluster.launch * 1e6:g} us an operation",
-        head,
-    ]
-    for plan in plans:
-        cost = plan.update
-        if cost is None:
-            raise UserError("sparsity: this run has no topology updates to estimate")
-        seconds = cost.seconds(cluster.memory, cluster.network, cluster.latency, cluster.launch)
-        tokens = plan.global_batch_size * plan.seq_len
-        flops = tokens * plan.masked_flops_per_token
-        step = flops / (plan.ranks * cluster.peak * cluster.mfu)
-        share = seconds / (plan.update_freq * step + seconds)
-        layers = plan.sparse_layers
-        lines.append(
-            f"  {plan.ranks:>6} {cost.exchanges:>9} {_bytes(cost.sent // layers):>11} "
-            f"{_bytes(cost.sent):>10} {_bytes(cost.extra):>13} {_time(seconds):>10} "
-            f"{seconds / (cost.adam / cluster.memory):>5.1f}x {_time(step):>10} {share:>11.4%}"
-        )
-    return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.2f} ms"

@@ -95,6 +95,27 @@ def test_checkpointing_keeps_one_block_whole():
     assert less - plain == 3 * 32 * 4 * 64
 
 
+@pytest.mark.parametrize("d_embed", [None, 40])
+@pytest.mark.parametrize(("precision", "size"), [("fp32", 4), ("bf16", 2)])
+def test_chunks_keep_their_own_logits(precision, size, d_embed):
+    whole = dataclasses.replace(gpt_config(1), d_embed=d_embed)
+    planned = [
+        activation_bytes(dataclasses.replace(whole, loss_chunk=chunk), 3, 32, precision, False)
+        for chunk in (None, 10, 20, 1000)
+    ]
+    width, a_token = d_embed or 64, 90 * (size + 8)
+    summed = 0 if precision == "fp32" else (2 + 4) * 90 * width
+    assert planned[0] - planned[1] == (3 * 32 - 10) * a_token - 3 * 32 * size * width - summed
+    assert planned[2] - planned[1] == 10 * a_token
+    assert planned[3] - planned[2] == (3 * 32 - 20) * a_token  # no longer than there are tokens
+
+
+def test_views_and_masks_of_compact_storage_are_on_every_rank():
+    compact = [states(1000, 700, 1, 5, "fp32", stage, 3, views=11) for stage in (0, 3)]
+    assert [(m.masks, m.views) for m in compact] == [(88, 11), (88, 11)]
+    assert compact[0].total == 16000 + 88 + 11 + 5
+
+
 def test_states_of_bf16():
     memory = [states(1000, 0, 1, 0, "bf16", stage, 4) for stage in (1, 2, 3)]
     assert [(m.weights, m.gradients, m.optimizer) for m in memory] == [

@@ -6,14 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import load_config, validate
+from sparse_gpt.errors import UserError
 from sparse_gpt.ift.iso_flop import Residual, solve_units
-from sparse_gpt.model.flops import FlopsLedger, active_counts
+from sparse_gpt.model.flops import FlopsLedger, active_counts, linear_shapes
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.model.presets import preset
+from sparse_gpt.ops import BlockLayout
 from sparse_gpt.plan import parameter_count, plan, render
+from sparse_gpt.plan_updates import Cluster, update_table
+from sparse_gpt.sparse_units import solve
 from sparse_gpt.topology.schedule import UpdateSchedule
 from tests.data.test_megatron import write_pair
 
@@ -299,6 +304,75 @@ def test_the_cost_of_updates_is_in_the_plan():
     assert many.update.extra < one.update.extra / 2  # a chunk stays
     assert "10 exchanges" in render(many)
     assert plan(config(sparsity={"sparsity": 0.75, "algorithm": "static"}), VOCAB, 8).update is None
+
+
+BLOCKS = {"type": "block", "block": [16, 16]}
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_compact_storage_holds_what_the_dense_model_holds(stage):
+    """Of the linear layers at 75 %: masked storage four times as much."""
+    plans = [
+        plan(
+            config(
+                sparsity={"sparsity": 0.75, "storage": storage, "structure": BLOCKS},
+                deepspeed={"zero_stage": stage},
+            ),
+            VOCAB,
+            2,
+        )
+        for storage in ("masked", "compact")
+    ]
+    masked, compact = plans
+    assert masked.layer_bytes == 4 * masked.base_layer_bytes
+    assert masked.base_layer_bytes < compact.layer_bytes < 1.05 * compact.base_layer_bytes
+    assert masked.stored_parameters == masked.parameters == compact.parameters
+    assert compact.stored_parameters == compact.active_parameters == masked.active_parameters
+    for mine, theirs in zip(compact.memory.values(), masked.memory.values(), strict=True):
+        for part in ("weights", "gradients", "optimizer"):
+            share = compact.stored_parameters / masked.stored_parameters
+            assert getattr(mine, part) == pytest.approx(share * getattr(theirs, part), rel=1e-6)
+        assert (mine.masks, mine.activations) == (theirs.masks, theirs.activations)
+        assert mine.views > theirs.views == 0
+    slots = (compact.stored_parameters - masked.parameters) // 256 + masked.memory[2].masks * 8
+    bits = masked.memory[2].masks
+    assert compact.checkpoint_bytes == 12 * compact.stored_parameters + bits + 4 * slots
+    assert "compact: 165,517,824 parameters" in render(compact)
+    assert "4.000x the dense base model's" in render(masked)
+    assert "views" in render(compact) and "views" not in render(masked)
+
+
+def test_a_compact_model_is_as_planned():
+    small = {"n_layer": 2, "n_head": 2, "d_model": 64}
+    sparsity = {"sparsity": 0.75, "storage": "compact", "structure": BLOCKS}
+    run = config(model=small, sparsity=sparsity)
+    result = plan(run, 257, 1)
+    layouts = {
+        name: BlockLayout(linear_shapes(run.dims)[name], (16, 16), torch.arange(kept))
+        for name, (kept, _) in solve(run, 257).units.items()
+    }
+    model = GPT(run.gpt_config(257), layouts)
+    assert result.stored_parameters == sum(p.numel() for p in model.parameters())
+    held = [part for x in layouts.values() for part in vars(x).values() if torch.is_tensor(part)]
+    assert result.memory[2].views == sum(part.nbytes for part in held)
+
+
+def test_updates_of_compact_storage_are_not_estimated():
+    sparsity = {"sparsity": 0.75, "algorithm": "rigl", "storage": "compact", "structure": BLOCKS}
+    result = plan(config(sparsity=sparsity), VOCAB, 8)
+    assert result.update is None and result.topology_updates == 35
+    # fc1's gradient in bf16, a copy in fp32, and a rank's range of every layer's.
+    weights = 12 * (4 * 1536**2 + 2 * 1536 * 6144)
+    assert result.growth_bytes == 6 * 1536 * 6144 + 4 * weights // 8
+    assert "more memory a rank in update steps" in render(result)
+    with pytest.raises(UserError, match="not estimated"):
+        update_table([result], Cluster())
+    # Without accumulation one layer's is there at a time.
+    alone = plan(config(sparsity=sparsity, global_batch_size=64), VOCAB, 8)
+    assert alone.growth_bytes == (6 + 4 / 8) * 1536 * 6144
+    norms = plan(config(sparsity=sparsity | {"growth_score": "microbatch_norm"}), VOCAB, 8)
+    assert norms.growth_bytes == 4 * weights // 256
+    assert plan(config(sparsity=sparsity | {"algorithm": "set"}), VOCAB, 8).growth_bytes == 0
 
 
 def test_the_table_of_updates():

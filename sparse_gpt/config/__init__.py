@@ -6,7 +6,13 @@ What DeepSpeed gets is derived from it in `train/engine.py`, never written by th
 from sparse_gpt.config.model import IFTConfig, ModelConfig
 from sparse_gpt.config.run import RunConfig
 from sparse_gpt.config.section import Fraction, Positive, Section
-from sparse_gpt.config.sparsity import PARAM_FILTER, SparsityConfig, StructureConfig, UpdateConfig
+from sparse_gpt.config.sparsity import (
+    PARAM_FILTER,
+    Kernel,
+    SparsityConfig,
+    StructureConfig,
+    UpdateConfig,
+)
 from sparse_gpt.config.training import (
     CheckpointConfig,
     DataSource,
@@ -25,6 +31,7 @@ __all__ = [
     "EvaluationConfig",
     "Fraction",
     "IFTConfig",
+    "Kernel",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",

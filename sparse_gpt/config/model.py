@@ -8,7 +8,11 @@ from sparse_gpt.config.section import Fraction, Positive, Section
 
 
 class ModelConfig(Section):
-    """The dense base model; `preset` gives the dimensions, single ones may be overridden."""
+    """The dense base model; `preset` gives the dimensions, single ones may be overridden.
+
+    `loss_chunk`: logits and their gradient are made for so many tokens at a time. Those of a whole
+    micro-batch take more memory than the blocks of a small model.
+    """
 
     preset: str | None = None
     n_layer: Positive | None = None
@@ -22,6 +26,7 @@ class ModelConfig(Section):
     layer_norm_epsilon: Annotated[float, Field(gt=0)] = 1e-5
     init_std: Annotated[float, Field(gt=0)] = 0.02
     activation_checkpointing: bool = False
+    loss_chunk: Positive | None = None  # tokens; none = a whole micro-batch
     compile: bool = False
 
 

@@ -324,6 +324,7 @@ class RunConfig(Section):
             layer_norm_epsilon=self.model.layer_norm_epsilon,
             init_std=self.model.init_std,
             activation_checkpointing=self.model.activation_checkpointing,
+            loss_chunk=self.model.loss_chunk,
             transform=self.transform,
         )
 

@@ -264,6 +264,8 @@ class SparsityConfig(Section):
             raise ValueError(
                 f"growth_score: {self.growth_score} is for algorithm: rigl with storage: compact"
             )
+        if self.growth_score == "microbatch_norm" and self.structure.score == "max":
+            raise ValueError("growth_score: microbatch_norm is of L2 norms; leave out score: max")
         if not compact:
             return self
         reasons = {

@@ -11,6 +11,7 @@ from sparse_gpt.config import (
     DeepSpeedConfig,
     EvaluationConfig,
     Fraction,
+    Kernel,
     LoggingConfig,
     OptimizerConfig,
     Positive,
@@ -23,7 +24,8 @@ class FinetuneConfig(Section):
     """SPDF: sparse pretraining, then dense (or sparse) fine-tuning.
 
     `checkpoint`: a run folder, a step folder, or a Hugging Face GPT-2 folder. `mode: dense` drops
-    the masks and every weight learns; `sparse` keeps them. Optimizer and schedule start fresh.
+    the masks and every weight learns; `sparse` keeps them, in masked or compact `storage`,
+    whichever they were trained in. Optimizer and schedule start fresh.
     Validation is once an epoch unless `evaluation.every` says otherwise; the weights of the best
     validation are the ones tested.
     """
@@ -35,6 +37,8 @@ class FinetuneConfig(Section):
 
     checkpoint: Path
     mode: Literal["dense", "sparse"] = "dense"
+    storage: Literal["masked", "compact"] = "masked"
+    kernel: Kernel = "auto"
     data: tuple[DataSource, ...]
     document_attention: bool = False
     seq_len: Positive | None = None  # default: the model's
@@ -58,4 +62,6 @@ class FinetuneConfig(Section):
             raise ValueError("data: no corpus given; e.g. data: [{path: data/wikitext103}]")
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("give exactly one of epochs, max_steps")
+        if self.mode == "dense" and (self.storage, self.kernel) != ("masked", "auto"):
+            raise ValueError("storage and kernel are of sparse layers: set mode: sparse")
         return self

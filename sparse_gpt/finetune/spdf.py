@@ -130,6 +130,8 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
         structure=structure,
         param_filter=tuple(layers) or SparsityConfig().param_filter,
         update=UpdateConfig(),
+        storage=config.storage,
+        kernel=config.kernel,
     )
     evaluation = config.evaluation
     sources = [data for data, _ in open_sources(config.data)]

@@ -21,9 +21,8 @@ from sparse_gpt.ift.forms import Transform, drawn_as, layer_of, weight_std
 from sparse_gpt.ift.layers import transformed_linear
 from sparse_gpt.model.flops import layer_shapes
 from sparse_gpt.model.linear import SparseLinear, linears
+from sparse_gpt.model.loss import IGNORE, head_loss
 from sparse_gpt.ops import BlockLayout
-
-IGNORE = -100  # target value that is not scored
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,7 @@ class GPTConfig:
     `transform`: the layers that a Sparse-IFT member gave another form; None where all are plain.
     `d_embed`: width of the tied token embedding where it is not d_model. Then a dense projection
     d_embed -> d_model follows the look-up, and one back comes before the head.
+    `loss_chunk`: tokens whose logits a loss makes at a time; None for all at once.
     """
 
     n_layer: int
@@ -46,6 +46,7 @@ class GPTConfig:
     layer_norm_epsilon: float = 1e-5
     init_std: float = 0.02
     activation_checkpointing: bool = False
+    loss_chunk: int | None = None
     transform: Transform | None = None
     d_embed: int | None = None
 
@@ -218,15 +219,19 @@ class GPT(nn.Module):
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """`[B, S]` -> `[B, S, vocab_size]` in the model's dtype; the head is the embedding.
+        """`[B, S]` -> `[B, S, vocab_size]` in the model's dtype; the head is the embedding."""
+        return F.linear(self._projected(input_ids, document_ids, positions), self.wte.weight)
 
-        The projection to its width stands behind the last LayerNorm: the residual stream grows
-        with depth, and the norm belongs to the width it was summed in.
+    def _projected(
+        self, input_ids: Tensor, document_ids: Tensor | None, positions: Tensor | None = None
+    ) -> Tensor:
+        """What the head sees: hidden states at the width of the embedding.
+
+        The projection to it stands behind the last LayerNorm: the residual stream grows with
+        depth, and the norm belongs to the width it was summed in.
         """
         x = self.hidden(input_ids, document_ids, positions)
-        if self.project_out is not None:
-            x = self.project_out(x)
-        return F.linear(x, self.wte.weight)
+        return x if self.project_out is None else self.project_out(x)
 
     def forward(
         self,
@@ -236,6 +241,10 @@ class GPT(nn.Module):
         reduction: str = "mean",
     ) -> Tensor:
         """Logits, or with `targets [B, S]` (`-100` = not scored) the cross-entropy in nats."""
+        chunk = self.config.loss_chunk
+        if targets is not None and chunk is not None and reduction != "none":
+            x = self._projected(input_ids, document_ids).flatten(0, 1)
+            return head_loss(x, self.wte.weight, targets.flatten(), chunk, reduction)
         logits = self.logits(input_ids, document_ids)
         if targets is None:
             return logits

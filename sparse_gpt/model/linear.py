@@ -1,6 +1,7 @@
 """Linear layers: one whose weight may be sparse, and one that is dense and a part of another."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,7 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bias`: of the layer this one is a part of, where it has none of its own."""
         if self.layout is not None:
-            return self.compact_kernel(x, [self.operand(bias)], None)[0]
+            return _compact(x, (self,), bias, None)[0]
         bias = self.bias if bias is None else bias
         weight = power(self.weight, self.alpha)
         if self.pattern is None:
@@ -96,6 +97,21 @@ class DenseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
+def _is_whole(layer: SparseLinear) -> bool:
+    """Whether a layer is compact and has its values: ZeRO 3 gathers them when it is called."""
+    return layer.layout is not None and not hasattr(layer.weight, "ds_id")
+
+
+def _by_kernel(
+    x: Tensor, layers: Sequence[SparseLinear], bias: Tensor | None, activation: str | None
+) -> tuple[Tensor, ...]:
+    return layers[0].compact_kernel(x, [layer.operand(bias) for layer in layers], activation)
+
+
+# A compiler would trace what backward gives away (`ops.Growth`), and indices that change in place.
+_compact: Any = torch.compiler.disable(_by_kernel)
+
+
 def linears(
     x: Tensor, layers: Sequence[nn.Module], activation: str | None = None
 ) -> tuple[Tensor, ...]:
@@ -103,11 +119,8 @@ def linears(
 
     `activation`: a name of `ops.ACTIVATIONS`, or None.
     """
-    compact = [
-        layer for layer in layers if isinstance(layer, SparseLinear) and layer.layout is not None
-    ]
-    kernels = {layer.compact_kernel for layer in compact}
-    if len(compact) == len(layers) and len(kernels) == 1:
-        return kernels.pop()(x, [layer.operand() for layer in compact], activation)
+    compact = [layer for layer in layers if isinstance(layer, SparseLinear) and _is_whole(layer)]
+    if len(compact) == len(layers) and len({layer.compact_kernel for layer in compact}) == 1:
+        return _compact(x, compact, None, activation)
     results = tuple(layer(x) for layer in layers)
     return results if activation is None else tuple(ACTIVATIONS[activation](y) for y in results)

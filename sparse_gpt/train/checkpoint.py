@@ -123,7 +123,8 @@ class Checkpointer:
             file = f"slots-{self.rank:05d}.safetensors"
             mine_of = list(self.controller.layouts.items())[self.rank :: self.world_size]
             slots = {name: layout.slots.cpu().numpy() for name, layout in mine_of}
-            written[file] = files.write_tensors(folder / file, slots)
+            ranges = {name: (0, tensor.size) for name, tensor in slots.items()}
+            written[file] = files.write_tensors(folder / file, slots, ranges)
         if self.young is not None:
             file = f"young-{self.rank:05d}.safetensors"
             owned = {name: start for name, start, _ in mine}
@@ -235,8 +236,13 @@ class Checkpointer:
     def _read_slots(self, reader: files.CheckpointReader) -> None:
         """The order of compact storage; where it was masked, the canonical one stays."""
         for name, layer in reader.layers.items():
-            if layer.compact and name in self.controller.layouts:
-                self.controller.set_slots(name, reader.slots(name))
+            if not layer.compact or name not in self.controller.layouts:
+                continue
+            slots = reader.slots(name)
+            try:
+                self.controller.set_slots(name, slots)
+            except UserError as error:
+                raise UserError(f"broken checkpoint {reader.path}: {error}") from None
 
     def _copy_fragments(self, reader: files.CheckpointReader) -> None:
         for name, fragment in self.shards.fragments():

@@ -223,14 +223,11 @@ class CheckpointReader:
 
     def slots(self, name: str) -> Tensor:
         """int32 `[slots]`: the canonical index of the block in each slot of a compact layer."""
-        for file in self.files:
-            if file.startswith("slots-"):
-                with self._open(file) as handle:
-                    if name in handle.keys():  # noqa: SIM118
-                        return self._checked_slots(name, handle.get_tensor(name))
-        raise UserError(f"broken checkpoint {self.path}: the slots of {name} are missing")
-
-    def _checked_slots(self, name: str, slots: np.ndarray) -> Tensor:
+        parts = self._locate("slots").get(name)
+        if not parts:
+            raise UserError(f"broken checkpoint {self.path}: the slots of {name} are missing")
+        with self._open(parts[0][2]) as handle:
+            slots = handle.get_tensor(name)
         layer = self.layers[name]
         units = layer.grid[0] * layer.grid[1]
         right = slots.dtype == np.int32 and slots.shape == (layer.active,)

@@ -23,6 +23,7 @@ FREE = (
     "deepspeed.*",
     "model.compile",
     "model.activation_checkpointing",
+    "model.loss_chunk",
     "sparsity.kernel",
     "sparsity.storage",
 )

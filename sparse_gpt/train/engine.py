@@ -153,6 +153,8 @@ def start_engine(
         for block in model.h:
             block.compile()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
+    if config.deepspeed.zero_stage == 0 and dist.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # it would copy all gradients, and back
     prime_optimizer(optimizer, _masters(engine, optimizer))
     return engine, optimizer
 

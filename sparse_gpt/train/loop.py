@@ -204,6 +204,7 @@ class Trainer:
             self.precision,
             self.world_size,
             config.peak_tflops,
+            masked=config.sparsity.storage == "masked",
         )
         nonfinite = 0
         saved = state.step

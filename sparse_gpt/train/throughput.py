@@ -13,7 +13,8 @@ class Throughput:
     """A stopwatch over training steps, read and started again at every log line.
 
     `peak_tflops` is one device's, in 1e12 FLOP/s; without it the GPU's data sheet is asked, and
-    where that is not known there is no MFU.
+    where that is not known there is no MFU. `masked`: whether sparse layers are dense products
+    over zeros, whose MFU is shown beside that of the active FLOPs.
     """
 
     def __init__(
@@ -24,12 +25,13 @@ class Throughput:
         precision: str,
         world_size: int,
         peak_tflops: float | None,
+        masked: bool,
     ) -> None:
         peak = peak_tflops * 1e12 if peak_tflops else None
         if peak is None and device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(device), precision)
         self._peak = peak * world_size if peak else None
-        self._dense = ledger.dense.total / seq_len
+        self._dense = ledger.dense.total / seq_len if masked else None
         self._tokens, self._flops, self._start = 0, 0, time.perf_counter()
 
     def add(self, tokens: int, flops: int) -> None:
@@ -53,5 +55,5 @@ class Throughput:
         return {
             "tokens_per_second": rate,
             "mfu_active": mfu(1.0, active, self._peak),
-            "mfu_dense": mfu(self._dense, rate, self._peak),
+            "mfu_dense": None if self._dense is None else mfu(self._dense, rate, self._peak),
         }

@@ -43,11 +43,11 @@ def run_config(corpus: Path | str, output_dir: Path | str, **changes: Any) -> Ru
 
 
 @contextmanager
-def trainer(config: RunConfig) -> Iterator[Any]:
+def trainer(config: RunConfig, source: Any = None) -> Iterator[Any]:
     """A Trainer in a rank of the pool, its engine freed at the end."""
     from sparse_gpt.train.loop import Trainer
 
-    made = Trainer(config)
+    made = Trainer(config, source)
     try:
         yield made
     finally:

@@ -4,8 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from sparse_gpt.train.checkpoint_files import open_checkpoint
+from sparse_gpt.errors import UserError
+from sparse_gpt.ops import block_cpu
+from sparse_gpt.train.checkpoint_files import open_checkpoint, write_tensors
+from sparse_gpt.train.manifest import write_manifest
 from tests.contracts.runs import after_every_step, run_config, trainer
 from tests.ranks import run_ranks
 
@@ -89,6 +93,29 @@ def test_200_steps(corpus, tmp_path, method, structure):
     same_weights(newest(tmp_path / "0"), newest(tmp_path / "1"))
 
 
+def masks_of(reader):
+    return {name: pattern.active for name, pattern in reader.patterns().items()}
+
+
+@pytest.mark.skipif(
+    block_cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="no native kernels"
+)
+@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("structure", ["block", "unstructured"])
+def test_a_real_kernel_stays_within_the_bounds_of_contract_4(corpus, tmp_path, method, structure):
+    """50 steps in fp32: masks of IoU >= 0.999, losses to 1e-4."""
+    more = {"optimizer__lr": 1e-3, "schedule__warmup_steps": 10, "sparsity__update": {"freq": 5}}
+    masked, compact = (changes(s, method, structure, 50, **more) for s in ("masked", "compact"))
+    compact["sparsity__kernel"] = "block_cpu"
+    first, second = run_ranks(2, train, corpus, str(tmp_path), masked, compact)[0]
+    assert second[0] == pytest.approx(first[0], rel=0, abs=1e-4)
+    assert first[0] != second[0]  # it was another kernel
+    pairs = [masks_of(newest(tmp_path / name)) for name in ("0", "1")]
+    both = sum(int((pairs[0][n] & pairs[1][n]).sum()) for n in pairs[0])
+    either = sum(int((pairs[0][n] | pairs[1][n]).sum()) for n in pairs[0])
+    assert both / either >= 0.999
+
+
 # One micro-batch a step: else stages 0 and 1 add micro-batches up before ranks, and compact
 # storage, as stages 2 and 3, after them.
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 2), (2, 0), (2, 1), (2, 3)])
@@ -106,7 +133,7 @@ def test_three_ranks(corpus, tmp_path):
         assert masked[0] == pytest.approx(compact[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16(corpus, tmp_path, stage):
     more = {"precision": "bf16", "deepspeed__zero_stage": stage}
     both = [changes(storage, "rigl", "block", 7, **more) for storage in ("masked", "compact")]
@@ -129,6 +156,49 @@ def test_a_run_goes_on_in_either_storage(corpus, tmp_path, method, first, then):
     same_weights(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
 
 
+def broken_slots(corpus, out, change):
+    """The error of going on from a checkpoint whose slots were changed, manifest and all."""
+    reader = newest(Path(out))
+    manifest = dict(reader.manifest)
+    file = next(name for name in reader.files if name.startswith("slots-"))
+    slots = load_file(reader.path / file)
+    name = next(iter(slots))
+    if change == "twice":
+        slots[name][0] = slots[name][1]
+    elif change == "outside":
+        slots[name][0] = 2**20
+    elif change == "another":
+        free = set(range(int(slots[name].max()) + 1)) - set(slots[name].tolist())
+        slots[name][0] = free.pop()
+    else:
+        del slots[name]
+    arrays = {key: value.numpy() for key, value in slots.items()}
+    ranges = {key: (0, value.size) for key, value in arrays.items()}
+    entry = write_tensors(reader.path / file, arrays, ranges)
+    manifest["files"] = {**manifest["files"], file: entry}
+    write_manifest(reader.path, {key: value for key, value in manifest.items() if key != "sha256"})
+    try:
+        train(corpus, out, changes("compact"))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("twice", "are no topology"),
+        ("outside", "are no topology"),
+        ("another", "are not those of its mask"),
+        ("missing", "are missing"),
+    ],
+)
+def test_slots_that_are_not_the_masks_are_refused(corpus, tmp_path, change, said):
+    run_ranks(1, train, corpus, str(tmp_path), changes("compact", stop_at=4))
+    (error,) = run_ranks(1, broken_slots, corpus, str(tmp_path), change)
+    assert error is not None and said in error and "broken checkpoint" in error
+
+
 def test_another_layout_goes_on_from_compact_slots(corpus, tmp_path):
     """Slots are read back on more ranks and another stage: losses agree as elastic runs do."""
     (whole,) = run_ranks(2, train, corpus, f"{tmp_path}/whole", changes("compact"))[0]
@@ -136,6 +206,55 @@ def test_another_layout_goes_on_from_compact_slots(corpus, tmp_path):
     more = {"deepspeed__zero_stage": 3}
     (end,) = run_ranks(4, train, corpus, f"{tmp_path}/parts", changes("compact", **more))[0]
     assert end[0] == pytest.approx(whole[0][7:], rel=1e-5)
+
+
+@pytest.mark.parametrize("member", ["wide", "parallel", "factorized", "doped"])
+def test_members(corpus, tmp_path, member):
+    both = [changes(s, "rigl", steps=7, ift__member=member) for s in ("masked", "compact")]
+    compare(corpus, tmp_path, 2, *both)
+    same_weights(newest(tmp_path / "0"), newest(tmp_path / "1"))
+
+
+def test_an_update_that_replaces_the_step(corpus, tmp_path):
+    more = {"sparsity__update": {"freq": 3, "mode": "replace"}}
+    compare(corpus, tmp_path, 2, *(changes(s, steps=7, **more) for s in ("masked", "compact")))
+
+
+def test_activation_checkpointing(corpus, tmp_path):
+    more = {"model__activation_checkpointing": True}
+    compare(corpus, tmp_path, 2, *(changes(s, steps=7, **more) for s in ("masked", "compact")))
+
+
+def weights_from(corpus, out, more, source):
+    """Losses of a run that starts from the weights of another."""
+    losses = []
+    with trainer(run_config(corpus, out, **more), open_checkpoint(source)) as made:
+        after_every_step(made, lambda step, health, update: losses.append(health.loss))
+        made.fit()
+    return losses
+
+
+@pytest.mark.parametrize("storage", ["masked", "compact"])
+def test_a_run_from_weights_of_the_other_storage(corpus, tmp_path, storage):
+    run_ranks(2, train, corpus, f"{tmp_path}/start", changes(storage))
+    found = []
+    for own in ("masked", "compact"):
+        more = changes(own, "static", steps=4)
+        out = f"{tmp_path}/{own}"
+        found += run_ranks(2, weights_from, corpus, out, more, f"{tmp_path}/start/0")[:1]
+    assert found[0] == found[1]
+
+
+def test_growth_by_norms_of_micro_batches(corpus, tmp_path):
+    """Ranks agree (a run checks it after every update), and it is not growth by the whole batch."""
+    exact, norms = (
+        changes("compact", steps=7, sparsity__growth_score=score)
+        for score in ("exact", "microbatch_norm")
+    )
+    first, second = run_ranks(2, train, corpus, str(tmp_path), exact, norms)[0]
+    assert first[0][:3] == second[0][:3]
+    assert [update[0] for update in first[1]] == [update[0] for update in second[1]]
+    assert first[1][0][1] != second[1][0][1]
 
 
 def state_bytes(corpus, out, more):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -80,10 +81,21 @@ def test_sparse_keeps_the_masks(corpus, pretrained, tmp_path):
     assert sparse["results"]["weights_outside_masks_train"] is False
 
 
-def test_sparse_keeps_blocks(corpus, tmp_path):
-    blocks = {"sparsity__structure": {"type": "block", "block": [4, 8]}, "max_steps": 3}
-    run_ranks(1, pretrain, corpus, str(tmp_path / "blocks"), SPARSE | blocks)
-    outcome = tuned(corpus, tmp_path / "run", tmp_path / "blocks", "mode=sparse")
+STORAGES = ("masked", "compact")
+
+
+@pytest.mark.parametrize("before", STORAGES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_sparse_keeps_blocks(corpus, tmp_path, before, storage):
+    blocks = {
+        "sparsity__structure": {"type": "block", "block": [4, 8]},
+        "sparsity__storage": before,
+        "max_steps": 3,
+    }
+    (loss,) = run_ranks(1, pretrain, corpus, str(tmp_path / "blocks"), SPARSE | blocks)
+    more = ("mode=sparse", f"storage={storage}", "kernel=reference")
+    outcome = tuned(corpus, tmp_path / "run", tmp_path / "blocks", *more)
+    assert outcome["before"]["loss"] == pytest.approx(loss, abs=1e-6)
     given = open_checkpoint(tmp_path / "blocks").patterns()
     kept = open_checkpoint(tmp_path / "run").patterns()
     assert {name: pattern.block for name, pattern in kept.items()} == dict.fromkeys(given, (4, 8))
@@ -94,16 +106,19 @@ def test_sparse_keeps_blocks(corpus, tmp_path):
     assert outcome["results"]["weights_outside_masks"] == total * 3 // 4
 
 
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("mode", ["dense", "sparse"])
-def test_members_keep_their_form(corpus, tmp_path, mode):
+def test_members_keep_their_form(corpus, tmp_path, mode, storage):
     changes = SPARSE | {"ift__member": "doped", "ift__keep_dense": ["h.0.*"], "max_steps": 3}
+    changes["sparsity__storage"] = storage
     loss = run_ranks(1, pretrain, corpus, str(tmp_path / "doped"), changes)[0]
     outcome = tuned(corpus, tmp_path / "run", tmp_path / "doped", f"mode={mode}")
     assert outcome["before"]["loss"] == pytest.approx(loss, abs=1e-6)
     given, now = open_checkpoint(tmp_path / "doped"), open_checkpoint(tmp_path / "run")
     assert now.gpt_config.transform == given.gpt_config.transform is not None
     assert len(given.layers) == 6
-    assert now.layers == (given.layers if mode == "sparse" else {})
+    kept = {name: replace(layer, compact=False) for name, layer in given.layers.items()}
+    assert now.layers == (kept if mode == "sparse" else {})
 
 
 def test_epochs_are_passes_over_the_training_split(corpus, pretrained, tmp_path):

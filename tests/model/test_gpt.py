@@ -1,12 +1,14 @@
 """The GPT itself: causality, document boundaries, initialisation, checkpointing."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
+from sparse_gpt.model.flops import linear_shapes
 from sparse_gpt.model.gpt import GPT, GPTConfig, document_mask, draw_weight
-from sparse_gpt.ops import KERNELS, Pattern
+from sparse_gpt.ops import KERNELS, BlockLayout, Growth, Pattern
 
 
 def config(**changes) -> GPTConfig:
@@ -298,3 +300,46 @@ def test_compiled_blocks_compute_the_same_and_see_a_new_topology():
             scale = max(float(wanted.abs().max()), 1.0)
             torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-5 * scale)
     assert abs(results[0][0] - results[2][0]) > 0.1
+
+
+def compact_model(step: int, **changes) -> GPT:
+    """A model in compact storage, with the topology of a step."""
+    shapes = linear_shapes({"n_layer": 2, "d_model": 16, "d_ff": 32})
+    layouts = {
+        name: BlockLayout(shape, (2, 4), slots(shape, step)) for name, shape in shapes.items()
+    }
+    gpt = GPT(config(**changes), layouts)
+    gpt.init_weights(seed=3)
+    return gpt
+
+
+def slots(shape: tuple[int, int], step: int) -> torch.Tensor:
+    units = shape[0] * shape[1] // 8
+    return torch.arange(units)[torch.arange(units) % 3 != step % 3]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_blocks_of_compact_layers_see_a_new_topology_and_give_growth_away():
+    plain, compiled = compact_model(0).train(), compact_model(0).train()
+    for block in compiled.h:
+        block.compile()
+    ids, losses = tokens(2, 12), []
+    for step in range(3):
+        found = []
+        for gpt in (plain, compiled):
+            norms = {}
+            for name, layer in gpt.sparse_layers().items():
+                layer.layout.rewrite(slots(layer.layout.shape, step)[: layer.layout.count])
+                add = partial(norms.__setitem__, name)
+                layer.growth = Growth("norms", lambda v, add=add: add(v.clone())) if step else None
+            gpt.zero_grad()
+            loss = gpt(ids, ids)
+            loss.backward()
+            found.append((loss.detach(), [p.grad for p in gpt.parameters()], norms))
+        torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+        assert len(found[0][2]) == (12 if step else 0)
+        losses.append(float(found[0][0]))
+    assert len(set(losses)) == 3

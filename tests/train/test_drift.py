@@ -92,6 +92,7 @@ def test_a_change_is_named_with_both_values_and_can_be_allowed(saved, key):
         ("deepspeed.zero_stage", 3),
         ("micro_batch_size", 4),
         ("model.activation_checkpointing", True),
+        ("model.loss_chunk", 512),
     ],
 )
 def test_what_changes_no_number_is_free(saved, key, value):
