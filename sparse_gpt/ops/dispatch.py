@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.ops import block_cpu, compact, masked, reference
+from sparse_gpt.ops import block_cpu, block_triton, compact, masked, reference, semi_structured
 from sparse_gpt.ops.compact import CompactKernel
 
 logger = logging.getLogger(__name__)
@@ -21,16 +21,21 @@ Kernel = Callable[..., Tensor]
 KERNELS: dict[str, Kernel] = {
     "masked": masked.sparse_linear,
     "reference": reference.sparse_linear,
+    "semi_structured": semi_structured.sparse_linear,
 }
 # Over compact storage, in the order in which `auto` tries them; what each needs is in `why_not`.
 COMPACT: dict[str, CompactKernel] = {
     "block_cpu": block_cpu.sparse_linears,
+    "block_triton": block_triton.sparse_linears,
     "reference": compact.sparse_linears,
 }
 
 
-def resolve_kernel(name: str, device: torch.device) -> Kernel:
-    """The function behind a `sparsity.kernel` over masked storage, or a `UserError`."""
+def resolve_kernel(name: str, device: torch.device, dtype: torch.dtype | None = None) -> Kernel:
+    """The function behind a `sparsity.kernel` over masked storage, or a `UserError`.
+
+    Without a `dtype`, a kernel that does not compute in the weights' says so when it is called.
+    """
     if name == "auto":
         logger.info("kernel: auto took 'masked' (masked storage on %s)", device.type)
         return KERNELS["masked"]
@@ -40,6 +45,8 @@ def resolve_kernel(name: str, device: torch.device) -> Kernel:
         raise UserError(
             f"sparsity.kernel: no kernel {name!r}; there are: auto, {', '.join(KERNELS)}"
         )
+    if name == "semi_structured" and (reason := semi_structured.why_not(device, dtype)):
+        raise UserError(f"sparsity.kernel: {name} cannot run here: {reason}")
     return KERNELS[name]
 
 
@@ -49,6 +56,8 @@ def why_not(
     """Why a kernel over compact storage cannot compute such layers; None where it can."""
     if name == "block_cpu":
         return block_cpu.why_not(device, dtype)
+    if name == "block_triton":
+        return block_triton.why_not(device, block, dtype)
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_gpt.errors import UserError
 from sparse_gpt.ops import KERNELS, Pattern, resolve_kernel
 
-KERNEL_NAMES = sorted(KERNELS)
+KERNEL_NAMES = sorted(set(KERNELS) - {"semi_structured"})  # one structure, one device: its own
 BLOCKS = [(1, 1), (4, 4), (2, 8), (8, 1), (1, 4)]
 
 
