@@ -107,7 +107,8 @@ def dsd(
         "TOKENS": tile.rows, "DEPTH": min(tile.depth, inner), "BAND": BAND, "PRECISION": precision,
     }  # fmt: skip
     grid = (math.ceil(tokens / tile.rows) * majors,)
-    return Call(kernels.dsd, grid, arguments, tile.warps, tile.stages)
+    # Triton halves them: where a block lies is loaded as far ahead of it as it of its product.
+    return Call(kernels.dsd, grid, arguments, tile.warps, 2 * tile.stages - 1)
 
 
 def sdd(
