@@ -136,7 +136,7 @@ def calls(
     values, bias = empty(layout.count, *block), empty(out)
     norms = empty(rows, columns, dtype=torch.float32)
     forward, backward = Weight(x, values, layout), Weight(dy, values, layout)
-    for tile in problem.tiles:
+    for tile in problem.dsd_tiles:
         yield (
             "forward",
             tile,
@@ -152,8 +152,8 @@ def calls(
         yield "dX", tile, launch_triton.dsd([backward], x, tile, precision, transposed=True)
         three = [backward] * 3
         yield "dX of 3", tile, launch_triton.dsd(three, x, tile, precision, transposed=True)
-        if tile.rows >= block[1]:
-            yield "dW", tile, launch_triton.sdd(dy, x, layout, values[None], tile, precision)
+    for tile in problem.sdd_tiles:
+        yield "dW", tile, launch_triton.sdd(dy, x, layout, values[None], tile, precision)
     chosen = triton_configs.sparse_only(problem).score
     assert chosen is not None
     yield "score", chosen, launch_triton.score(dy, x, block, norms, chosen, precision)

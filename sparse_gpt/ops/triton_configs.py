@@ -10,7 +10,7 @@ triton.
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -65,7 +65,8 @@ class Tile:
 # For at most 128 columns. The compiler keeps the sums of each in registers without spilling
 # (benchmarks/triton_aot.py).
 HALF = (Tile(256, 64, 8, 4), Tile(128, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 32, 4, 3))
-SINGLE = (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2))
+SINGLE = (Tile(64, 32, 4, 2),)
+SINGLE_TALL = (Tile(128, 32, 8, 2),)  # for dW of blocks of that many columns; dsd would spill
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,14 @@ class Problem:
         return self.device.tf32 if self.precision == "tf32" else self.device.single
 
     @property
-    def tiles(self) -> Iterable[Tile]:
+    def dsd_tiles(self) -> tuple[Tile, ...]:
         return SINGLE if self.dtype == torch.float32 else HALF
+
+    @property
+    def sdd_tiles(self) -> tuple[Tile, ...]:
+        """Of dW, and of the norms of its blocks: they hold a block at least."""
+        every = SINGLE + SINGLE_TALL if self.dtype == torch.float32 else HALF
+        return tuple(tile for tile in every if tile.rows >= self.block[1])
 
 
 @dataclass(frozen=True)
@@ -191,9 +198,10 @@ def choose(problem: Problem) -> Plan:
 def sparse_only(problem: Problem) -> Plan:
     """The quickest plan without dense products."""
     b_out, b_in = problem.block
-    forward = [tile for tile in problem.tiles if _fits(problem, tile, b_out)]
-    backward = [tile for tile in problem.tiles if _fits(problem, tile, b_in)]
-    ways = [(tile, split) for tile in forward for split in SPLITS if tile.rows >= b_in]
+    forward = [tile for tile in problem.dsd_tiles if _fits(problem, tile, b_out)]
+    backward = [tile for tile in problem.dsd_tiles if _fits(problem, tile, b_in)]
+    outer = [tile for tile in problem.sdd_tiles if _fits(problem, tile, b_out)]
+    ways = [(tile, split) for tile in outer for split in SPLITS]
     columns = score_columns(b_out, problem.dtype)
     weight, split = min(ways, key=lambda way: sdd_seconds(problem, *way))
     return Plan(
@@ -201,7 +209,7 @@ def sparse_only(problem: Problem) -> Plan:
         min(backward, key=lambda tile: dsd_seconds(problem, tile, True)),
         weight,
         split,
-        next(t for t in problem.tiles if t.rows >= b_in and _fits(problem, t, columns)),
+        next(tile for tile in problem.sdd_tiles if _fits(problem, tile, columns)),
     )
 
 

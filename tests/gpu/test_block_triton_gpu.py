@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_gpt.ops import COMPACT, KERNELS, BlockLayout, Operand, block_triton, semi_structured
-from sparse_gpt.ops.triton_configs import HALF, SINGLE, Plan
+from sparse_gpt.ops.triton_configs import HALF, SINGLE, SINGLE_TALL, Plan
 from tests.ops import triton_cases
 from tests.ops.test_semi_structured import two_of_four
 from tests.ops.triton_cases import Case
@@ -43,7 +43,7 @@ def test_blocks(block, activation, dtype):
         check(Case(block, grid, (3, 331), dtype, activation, 3, growth="norms", plan=plan))
 
 
-@pytest.mark.parametrize("tile", [*HALF, *SINGLE], ids=str)
+@pytest.mark.parametrize("tile", [*HALF, *SINGLE, *SINGLE_TALL], ids=str)
 def test_shipped_tiles(tile):
     dtype = torch.bfloat16 if tile in HALF else torch.float32
     for block in ((32, 32), (64, 64)):

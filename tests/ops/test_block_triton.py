@@ -14,6 +14,7 @@ from sparse_gpt.ops import block_triton, resolve_compact
 from sparse_gpt.ops.triton_configs import (
     HALF,
     SINGLE,
+    SINGLE_TALL,
     Plan,
     Problem,
     choose,
@@ -61,7 +62,7 @@ def test_blocks(interpreter, block, grid, activation, dtype):
 
 
 @pytest.mark.parametrize("split", [1, 4])
-@pytest.mark.parametrize("tile", [*HALF, *SINGLE], ids=str)
+@pytest.mark.parametrize("tile", [*HALF, *SINGLE, *SINGLE_TALL], ids=str)
 def test_shipped_tiles(interpreter, tile, split):
     plan = Plan(tile, tile, tile, split, tile)
     case = Case((32, 16), (3, 9), (270,), plan=plan, activation="gelu", growth="norms")
@@ -131,7 +132,7 @@ def test_what_the_model_chooses(interpreter):
     grid=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     tokens=st.integers(1, 150),
     share=st.floats(0, 1),
-    tile=st.sampled_from([*HALF, *SINGLE]),
+    tile=st.sampled_from([*HALF, *SINGLE, *SINGLE_TALL]),
     split=st.integers(1, 5),
     seed=st.integers(0, 10**6),
 )
