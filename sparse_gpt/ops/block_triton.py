@@ -49,7 +49,7 @@ def why_not(device: torch.device, block: tuple[int, int], dtype: torch.dtype) ->
             return None
         return f"it needs an NVIDIA GPU, and the device is {device.type}"
     if torch.version.hip is not None:
-        return "it was written for NVIDIA GPUs, and this is AMD's build of torch"
+        return "it needs an NVIDIA GPU, and this is AMD's build of torch"
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]} is less than 8.0"

@@ -26,8 +26,10 @@ _directions: Any = WeakIdKeyDictionary()  # a pattern's tensor -> _two_of_four o
 
 def why_not(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why 2:4 products do not run on a device (in a dtype, if known); None where they do."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda":
         return f"it needs an NVIDIA GPU, and the device is {device.type}"
+    if torch.version.hip is not None:
+        return "it needs an NVIDIA GPU, and this is AMD's build of torch"
     if dtype not in (None, torch.bfloat16, torch.float16):
         return f"{dtype}: it computes in bf16 and fp16; set precision"
     capability = torch.cuda.get_device_capability(device)
