@@ -43,7 +43,7 @@ class _Linears(torch.autograd.Function):
             results.append(y)
             befores.append(before)
         ctx.setting = setting
-        ctx.save_for_backward(x, *values, *biases, *befores)
+        ctx.save_for_backward(x, *values, *befores)
         ctx.set_materialize_grads(False)
         return tuple(results)
 
@@ -53,7 +53,7 @@ class _Linears(torch.autograd.Function):
         setting: _Setting = ctx.setting
         count = len(setting.layouts)
         x, *saved = ctx.saved_tensors
-        values, biases, befores = saved[:count], saved[count : 2 * count], saved[2 * count :]
+        values, befores = saved[:count], saved[count:]
         need_values = ctx.needs_input_grad[2 : 2 + count]
         need_biases = ctx.needs_input_grad[2 + count :]
         value_grads: list[Tensor | None] = [None] * count
@@ -65,9 +65,6 @@ class _Linears(torch.autograd.Function):
             if dy is None:
                 continue
             dy, bias_grads[i] = _before_activation(dy, befores[i], setting, need_biases[i])
-            if need_biases[i]:
-                assert biases[i] is not None
-                bias_grads[i] = bias_grads[i].to(biases[i].dtype)  # type: ignore[union-attr]
             if need_values[i]:
                 value_grads[i] = _weight_gradient(
                     dy, x, layout, plan, setting.precision, setting.growths[i]
@@ -93,6 +90,7 @@ def _sparse_linears(
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # The interpreter has no device: it takes what a Hopper GPU would.
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else (9, 0)
     layouts = [operand.layout for operand in operands]
     plans = [
@@ -155,13 +153,13 @@ def _before_activation(
     """The gradient of what the activation was applied to, and its sums over the tokens."""
     dy = dy.contiguous()
     if before is None:
-        return dy, dy.sum(0, dtype=torch.float32) if need_bias else None
+        return dy, dy.sum(0) if need_bias else None
     assert setting.activation is not None
     dz = torch.empty_like(dy)
     tiles = -(-dy.shape[0] // launch.ACTIVATION_TOKENS)
     sums = dy.new_empty(tiles, dy.shape[1], dtype=torch.float32) if need_bias else None
     launch.activation_backward(dy, before, setting.activation, dz, sums).launch()
-    return dz, None if sums is None else sums.sum(0)
+    return dz, None if sums is None else sums.sum(0).to(dy.dtype)
 
 
 def _weight_gradient(

@@ -25,7 +25,7 @@ def interpreting() -> bool:
 
 @dataclass(frozen=True)
 class Call:
-    """A kernel and all that it is launched with; what it returns are the tensors it writes."""
+    """A kernel and all that it is launched with."""
 
     kernel: Any
     grid: tuple[int, ...]

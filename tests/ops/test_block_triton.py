@@ -197,6 +197,16 @@ def test_the_choice_on_a_cpu(monkeypatch):
     assert name != "block_triton"
 
 
+def test_the_choice_on_a_gpu(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setenv("CC", "cc")
+    caplog.set_level("INFO", logger="sparse_gpt")
+    assert resolve_compact("auto", CUDA, (32, 32), torch.bfloat16)[0] == "block_triton"
+    assert resolve_compact("auto", CUDA, (8, 8), torch.bfloat16)[0] == "reference"
+    assert "block_triton: blocks of 8 x 8: tensor cores need sides of 16" in caplog.text
+
+
 def problem(block: int, sparsity: float, shape=(6144, 1536), tokens: int = 16384) -> Problem:
     slots = round(shape[0] * shape[1] / block**2 * (1 - sparsity))
     return Problem(shape, (block, block), slots, tokens, torch.bfloat16)
