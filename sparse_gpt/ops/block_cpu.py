@@ -215,31 +215,12 @@ def _order(layout: BlockLayout, transposed: bool, features: int) -> _Order:
     """The blocks of a weight, or of its transpose, in bands of columns of so many features."""
     key = ("block_cpu", transposed, features)
     if key not in layout.cache:
-        layout.cache[key] = _banded(layout, transposed, features)
+        width = layout.block[0] if transposed else layout.block[1]
+        band = max(1, features // width)
+        bands = -(-layout.grid[not transposed] // band)
+        layout.cache[key] = (*layout.view(transposed, band), bands)
     starts, columns, slots, bands = cast(tuple[Tensor, Tensor, Tensor, int], layout.cache[key])
     return _Order(starts.data_ptr(), columns.data_ptr(), slots.data_ptr(), bands)
-
-
-def _banded(
-    layout: BlockLayout, transposed: bool, features: int
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Where each row of each band begins; column and slot of each block; the number of bands."""
-    if transposed:
-        starts, columns, slots = layout.col_ptr, layout.row_idx, layout.col_slot
-        (width, _), (count, rows) = layout.block, layout.grid
-    else:
-        starts, columns, slots = layout.row_ptr, layout.col_idx, layout.row_slot
-        (_, width), (rows, count) = layout.block, layout.grid
-    band = max(1, features // width)
-    bands = -(-count // band)
-    if bands <= 1:
-        return starts, columns, slots, 1
-    row = torch.arange(rows).repeat_interleave(starts.diff())
-    place = columns.long().div(band, rounding_mode="floor") * rows + row
-    order = place.argsort(stable=True)
-    ends = torch.bincount(place, minlength=bands * rows).cumsum(0)
-    starts = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
-    return starts, columns[order], slots[order], bands
 
 
 @functools.cache

@@ -1,7 +1,11 @@
 """Where the active blocks of a weight are, for kernels over compact storage."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+# Where each row begins; the column of each entry; its slot.
+View = tuple[Tensor, Tensor, Tensor]
 
 
 class BlockLayout:
@@ -10,7 +14,7 @@ class BlockLayout:
     Compact storage is `values [slots, b_out, b_in]`. `slots[s]`, int32, is the canonical index
     (row-major in the block grid) of the block in slot s. Slots never move: a grown block takes a
     dropped one's slot, so their order says nothing, and kernels go by these views of it, all int32
-    on the device of the values:
+    on the device of the values, made when first asked for and kept:
 
     | view        | of        |                                                             |
     |-------------|-----------|-------------------------------------------------------------|
@@ -21,9 +25,9 @@ class BlockLayout:
     | `col_ptr`   | [cols+1]  | where each block column begins in it                        |
     | `row_idx`   | [slots]   | the block row of each entry of `col_slot`                   |
 
-    They are all rewritten in place by `rewrite`, which counts up `version`: addresses and shapes
-    stay (CUDA graphs), and a backward pass can tell that it is not of the topology of its forward
-    pass (`check`). What a kernel derives besides is kept in `cache`, which `rewrite` empties.
+    All are rewritten in place by `rewrite`, which counts up `version`: addresses and shapes stay
+    (CUDA graphs), and a backward pass can tell that it is not of the topology of its forward pass
+    (`check`). What a kernel derives besides is kept in `cache`, which `rewrite` empties.
     """
 
     def __init__(self, shape: tuple[int, int], block: tuple[int, int], slots: Tensor) -> None:
@@ -36,20 +40,76 @@ class BlockLayout:
         self.shape, self.block, self.grid = shape, block, (rows, columns)
         self.version = 0
         self.cache: dict[object, object] = {}
-        count, device = slots.numel(), slots.device
-
-        def index(size: int) -> Tensor:
-            return torch.empty(size, dtype=torch.int32, device=device)
-
-        self.slots, self.row_slot, self.col_slot = index(count), index(count), index(count)
-        self.col_idx, self.row_idx = index(count), index(count)
-        self.row_ptr, self.col_ptr = index(rows + 1), index(columns + 1)
+        self.slots = torch.empty(slots.numel(), dtype=torch.int32, device=slots.device)
+        self._views: dict[bool, View] = {}  # by rows, by columns
         self.rewrite(slots)
 
     @property
     def count(self) -> int:
         """Active blocks, which is slots."""
         return self.slots.numel()
+
+    @property
+    def row_ptr(self) -> Tensor:
+        return self._kept(False)[0]
+
+    @property
+    def col_idx(self) -> Tensor:
+        return self._kept(False)[1]
+
+    @property
+    def row_slot(self) -> Tensor:
+        return self._kept(False)[2]
+
+    @property
+    def col_ptr(self) -> Tensor:
+        return self._kept(True)[0]
+
+    @property
+    def row_idx(self) -> Tensor:
+        return self._kept(True)[1]
+
+    @property
+    def col_slot(self) -> Tensor:
+        return self._kept(True)[2]
+
+    def view(self, transposed: bool, band: int | None = None) -> View:
+        """`(row_ptr, col_idx, row_slot)`, or those of columns, without keeping them.
+
+        Of single weights they are as large as the weights: for who makes an order of its own.
+        `band`: that many columns at a time, all rows of the first band, then of the next; the
+        pointers are `[bands * rows + 1]`, and columns are counted from the first.
+        """
+        whole = self.grid[not transposed]
+        if band is None or band >= whole:
+            return self._views.get(transposed) or self._made(transposed, whole)
+        return self._made(transposed, band)
+
+    def _kept(self, transposed: bool) -> View:
+        if transposed not in self._views:
+            self._views[transposed] = self._made(transposed, self.grid[not transposed])
+        return self._views[transposed]
+
+    def _made(self, transposed: bool, band: int) -> View:
+        """Linear in the grid, where sorting would be several times slower."""
+        places = self.slots.to(torch.int64)
+        slot_of = self.slots.new_full((self.grid[0] * self.grid[1],), -1)
+        slot_of[places] = torch.arange(self.count, dtype=torch.int32, device=places.device)
+        grid = slot_of.view(self.grid)
+        grid = grid.t() if transposed else grid
+        rows, columns = grid.shape
+        bands = -(-columns // band)
+        if columns % band:
+            grid = F.pad(grid, (0, bands * band - columns), value=-1)
+        grid = grid.reshape(rows, bands, band).transpose(0, 1).contiguous()
+        active = grid >= 0
+        pointers = torch.zeros(bands * rows + 1, dtype=torch.int32, device=places.device)
+        pointers[1:] = active.sum(2).view(-1).cumsum(0)
+        found = active.view(-1).nonzero().view(-1)
+        minors = found % band
+        if bands > 1:
+            minors += found.div(rows * band, rounding_mode="floor") * band
+        return pointers, minors.to(torch.int32), grid.view(-1)[found]
 
     def rewrite(self, slots: Tensor) -> None:
         """Other blocks in the slots; their number stays. Raises `ValueError` on bad indices."""
@@ -59,22 +119,16 @@ class BlockLayout:
         places = slots.to(self.slots.device, torch.int64)
         if self.count and not 0 <= int(places.min()) <= int(places.max()) < rows * columns:
             raise ValueError(f"blocks out of a grid of {self.grid}")
-        # The slot of every block of the grid: linear, where sorting is several times slower.
-        slot_of = torch.full((rows * columns,), -1, dtype=torch.int32, device=places.device)
-        slot_of[places] = torch.arange(self.count, dtype=torch.int32, device=places.device)
-        by_column = slot_of.view(rows, columns).t().reshape(-1)
-        for grid, width, order, minor, pointers in (
-            (slot_of, columns, self.row_slot, self.col_idx, self.row_ptr),
-            (by_column, rows, self.col_slot, self.row_idx, self.col_ptr),
-        ):
-            found = (grid >= 0).nonzero().view(-1)
-            if found.numel() != self.count:
-                raise ValueError("a block is in two slots")
-            order.copy_(grid[found])
-            minor.copy_(found % width)
-            pointers[0] = 0
-            pointers[1:] = (grid.view(-1, width) >= 0).sum(1).cumsum(0)
-        self.slots.copy_(slots)
+        taken = torch.zeros(rows * columns, dtype=torch.bool, device=places.device)
+        taken[places] = True
+        if int(taken.sum()) != self.count:
+            raise ValueError("a block is in two slots")
+        self.slots.copy_(places)
+        for transposed, view in self._views.items():
+            for kept, made in zip(
+                view, self._made(transposed, self.grid[not transposed]), strict=True
+            ):
+                kept.copy_(made)
         self.version += 1
         self.cache.clear()
 

@@ -173,7 +173,7 @@ def sparse_layers(
         for layer in layers.values():
             layer.compact_kernel = compact
     elif layers:
-        kernel = resolve_kernel(sparsity.kernel, device)
+        kernel = resolve_kernel(sparsity.kernel, device, dtype)
         for layer in layers.values():
             layer.kernel = kernel
     for layer in layers.values():

@@ -42,6 +42,28 @@ def test_views_name_every_block_in_order(rows, columns, share, seed):
         assert len(found) == int(active.sum()) == len(set(found))
 
 
+@settings(deadline=None, max_examples=50)
+@given(
+    st.integers(1, 9), st.integers(1, 9), st.integers(1, 10), st.booleans(), st.integers(0, 10**6)
+)
+def test_bands_hold_the_entries_of_their_columns_row_by_row(rows, columns, band, transposed, seed):
+    active = random_active(rows, columns, 0.6, seed)
+    layout = layout_of(active, (2, 3), seed)
+    pointers, minors, slots = layout.view(transposed, band)
+    grid = active.t() if transposed else active
+    entry = 0
+    for first in range(0, grid.shape[1], band):
+        for row in range(grid.shape[0]):
+            assert int(pointers[first // band * grid.shape[0] + row]) == entry
+            for column in range(first, min(first + band, grid.shape[1])):
+                if grid[row, column]:
+                    assert int(minors[entry]) == column
+                    place = (column, row) if transposed else (row, column)
+                    assert int(layout.slots[slots[entry]]) == place[0] * columns + place[1]
+                    entry += 1
+    assert entry == layout.count == int(pointers[-1])
+
+
 def test_gather_undoes_scatter_and_nothing_lies_outside():
     active = random_active(5, 7, 0.4)
     layout = layout_of(active, (4, 2))
