@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("topology_update", "n_m", "train_step")
+BENCHMARKS = ("topology_update", "n_m", "train_step", "sparse_linear")
 
 
 def main() -> int:
