@@ -138,7 +138,7 @@ def _add_outer(
 
     `wide_live`, `thin_live`: which features there are; both None: all.
     """
-    deep = tl.arange(0, DEPTH)
+    deep, step = tl.arange(0, DEPTH), tl.full((), DEPTH, tl.int64)
     rows = (start + deep).to(tl.int64)[:, None]
     wide_at = wide + rows * wide_stride + wide_features[None, :]
     thin_at = thin + rows * thin_stride + thin_features[None, :]
@@ -151,8 +151,8 @@ def _add_outer(
             left = tl.load(wide_at, mask=live & wide_live[None, :], other=0.0)
             right = tl.load(thin_at, mask=live & thin_live[None, :], other=0.0)
         sums = tl.dot(tl.trans(left), right, sums, input_precision=PRECISION)
-        wide_at += DEPTH * wide_stride
-        thin_at += DEPTH * thin_stride
+        wide_at += step * wide_stride
+        thin_at += step * thin_stride
     return sums
 
 
