@@ -66,6 +66,10 @@ def main() -> int:
             rows += measure(args, dense, others(args, dense))
     print(render(rows))
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.add and args.out.exists():
+        measured = {group_of(row) for row in rows}
+        old = json.loads(args.out.read_text())["rows"]
+        rows = [row for row in old if group_of(row) not in measured] + rows
     args.out.write_text(json.dumps({"setting": setting(args), "rows": rows}, indent=1) + "\n")
     plot(rows, args.out.with_suffix(".png"))
     print(f"written to {args.out} and {args.out.with_suffix('.png')}")
@@ -95,12 +99,15 @@ def arguments() -> argparse.Namespace:
     for key in ("--layers", "--seq-len", "--sequences"):
         parser.add_argument(key, type=int)
     parser.add_argument(
-        "--loss-chunk", type=int, default=512, help="tokens with logits at a time; 0: all"
+        "--loss-chunk", type=int, default=256, help="tokens with logits at a time; 0: all"
     )
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--seconds", type=float, default=60, help="after which an arm begins no further round"
+        "--seconds", type=float, default=30, help="after which an arm begins no further round"
+    )
+    parser.add_argument(
+        "--add", action="store_true", help="keep what --out holds of other cases, dtypes, threads"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/train_step.json")
     return parser.parse_args()
@@ -339,9 +346,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys(group_of(row) for row in rows))
-    figure = Figure(figsize=(1.5 + 4.2 * len(groups), 4.2), layout="constrained")
+    across = min(4, len(groups))
+    down = -(-len(groups) // across)
+    figure = Figure(figsize=(1.5 + 4.2 * across, 4.2 * down), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, group in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups):
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for unused in places[len(groups) :]:
+        unused.axis("off")
+    for axes, group in zip(places, groups):
         shown = [row for row in rows if group_of(row) == group]
         bottom = [0.0] * len(shown)
         for part in shown[0]["parts"]:
@@ -356,7 +368,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
                 axes.hlines(row["target"], at - 0.4, at + 0.4, "black", label="target")
             axes.text(at, bottom[at], f"{row['ratio']:.2f}", ha="center", va="bottom")
         axes.set_xticks(range(len(shown)), [name_of(row).replace(" ", "\n") for row in shown])
-        axes.set_title(" ".join(map(str, group)) + " threads", fontsize=9)
+        case, model, dtype, threads, device = group
+        axes.set_title(f"{case}: {model}, {dtype}, {device}, {threads} threads", fontsize=9)
         axes.set_ylabel("time over the dense model's")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     unique = dict(zip(labels, handles))
@@ -365,7 +378,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def group_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["case"], row["model"], row["dtype"], row["threads"]
+    return row["case"], row["model"], row["dtype"], row["threads"], row["device"]
 
 
 if __name__ == "__main__":
