@@ -5,7 +5,9 @@
     prefill   a GPT's forward pass over a prompt, without gradients, to the last token's logits
 
 Orders come by standard input, a word a line, and every answer is a line `ANSWER {...}`: `time`
-a step, or its `parts`, or `end`. Between orders the process sleeps, so that arms can take turns.
+a step, or its `parts`, or the `peak` of memory; at the end of the input it stops. Between orders
+the process sleeps, so that arms can take turns. On one CPU thread the time is the processor's, so
+that other load hardly counts; else the clock's.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -151,34 +153,40 @@ def flops_of(arm: Arm, dims: dict[str, int], units: dict[str, int]) -> int:
 
 
 class Ended(Exception):
-    """The order to stop."""
+    """No more orders."""
 
 
 class Orders:
     """Answers after each step what was ordered before it, then waits for the next order."""
 
-    def __init__(self, model: Any, facts: dict[str, Any], methods: Any = ()) -> None:
+    def __init__(
+        self, arm: Arm, model: Any, facts: dict[str, Any], methods: Iterable[tuple[Any, str]] = ()
+    ) -> None:
         from benchmarks.step_parts import Parts
 
         self.parts, self.facts = Parts(model, methods), facts
         facts["kernel"] = kernel_of(model)
+        alone = arm.device == "cpu" and arm.threads == 1
+        self.clock = time.process_time if alone else time.perf_counter
         self.order = "begin"
 
     def stepped(self, *_: Any) -> None:
         """Called behind every step; the first one has only warmed up."""
         synchronize()
-        seconds = time.perf_counter() - self.start if self.order != "begin" else 0.0
         if self.order == "parts":
-            self.answer({"parts": self.parts.stop(seconds)})
+            self.answer({"parts": self.parts.stop(time.perf_counter() - self.began)})
+        elif self.order == "time":
+            self.answer({"seconds": self.clock() - self.start})
         else:
-            self.answer({"seconds": seconds} if self.order == "time" else self.facts)
-        self.order = sys.stdin.readline().strip()
-        if self.order not in ("time", "parts"):
+            self.answer(self.facts)
+        while (order := sys.stdin.readline().strip()) == "peak":
             self.answer({"peak_bytes": peak_bytes()})
+        if order not in ("time", "parts"):
             raise Ended
+        self.order = order
         if self.order == "parts":
             self.parts.start()
-        self.start = time.perf_counter()
+        self.began, self.start = time.perf_counter(), self.clock()
 
     @staticmethod
     def answer(values: dict[str, Any]) -> None:
@@ -220,7 +228,7 @@ def serve_trainer(arm: Arm) -> None:
     controller = trainer.controller
     facts: dict[str, Any] = asdict(solved)
     methods = [(controller, name) for name in ("before_step", "arm", "after_step", "_on_stepped")]
-    orders = Orders(trainer.engine.module, facts, methods)
+    orders = Orders(arm, trainer.engine.module, facts, methods)
     scores = controller.before_step
 
     def weigh_then_score(step: int) -> Any:
@@ -260,7 +268,7 @@ def serve_blocks(arm: Arm) -> None:
     solved = solve_arm(arm)
     with torch.device(device):
         model, run = (train_block if arm.kind == "block" else prefill)(arm, solved, dtype)
-    orders = Orders(model, asdict(solved))
+    orders = Orders(arm, model, asdict(solved))
     with contextlib.suppress(Ended):
         while True:
             run()

@@ -13,9 +13,10 @@ Cases:
     prefill_xl  one of 1,024 tokens through 4 blocks of GPT-3 XL
 
 Every arm is a process of its own. The dense arm and another take turns in a round, and the ratio is
-the median over the rounds of each round's. Dense is the same code with dense layers, in the same
-dtype: on CPUs without bf16 arithmetic bf16 is emulated, and fp32 is the fair comparison. Prints a
-table, writes JSON and a plot. `parts` are from one profiled step (`step_parts.py`).
+the median over the rounds of each round's; on one thread of a CPU by the processor's time. Dense is
+the same code with dense layers, in the same dtype: on CPUs without bf16 arithmetic bf16 is
+emulated, and fp32 is the fair comparison. Prints a table, writes JSON (after every arm) and a plot.
+`parts` are from one profiled step (`step_parts.py`).
 """
 
 import argparse
@@ -57,21 +58,24 @@ CS2 = {0.5: 1.30, 0.75: 1.39, 0.9: 2.82}  # published for a block, unstructured
 def main() -> int:
     args = arguments()
     rows: list[dict[str, Any]] = []
+    kept: list[dict[str, Any]] = []
+    old = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for case, dtype, threads in (
             (c, d, t) for c in args.cases for d in args.dtypes for t in args.threads
         ):
             dense = dense_arm(args, case, dtype, threads, folder)
             write_tokens(Path(folder) / "data", dense)
-            rows += measure(args, dense, others(args, dense))
+            done = list(rows)
+            for found in measure(args, dense, others(args, dense)):
+                rows = done + found
+                measured = {group_of(row) for row in rows}
+                kept = [row for row in old if group_of(row) not in measured]
+                tree = {"setting": setting(args), "rows": kept + rows}
+                args.out.write_text(json.dumps(tree, indent=1) + "\n")
     print(render(rows))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    if args.add and args.out.exists():
-        measured = {group_of(row) for row in rows}
-        old = json.loads(args.out.read_text())["rows"]
-        rows = [row for row in old if group_of(row) not in measured] + rows
-    args.out.write_text(json.dumps({"setting": setting(args), "rows": rows}, indent=1) + "\n")
-    plot(rows, args.out.with_suffix(".png"))
+    plot(kept + rows, args.out.with_suffix(".png"))
     print(f"written to {args.out} and {args.out.with_suffix('.png')}")
     return 0
 
@@ -80,7 +84,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    storages = ("masked", "compact")
+    storages = ("compact", "masked")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--storages", nargs="+", choices=storages, default=storages)
@@ -136,7 +140,7 @@ def dense_arm(args: argparse.Namespace, case: str, dtype: str, threads: int, fol
 
 
 def others(args: argparse.Namespace, dense: Arm) -> list[Arm]:
-    """The arms to compare; masked ones where they fit beside the dense one: steps, at 75 %."""
+    """The arms to compare; masked ones of steps alone, and of sparsities asked for."""
     arms = [
         replace(dense, storage=storage, sparsity=sparsity)
         for storage in args.storages
@@ -230,31 +234,32 @@ def working(arm: Arm) -> Iterator[tuple[Worker, dict[str, Any]]]:
         worker.errors.close()
 
 
-def measure(args: argparse.Namespace, dense: Arm, arms: list[Arm]) -> list[dict[str, Any]]:
-    """A row for each arm, the dense one first."""
+def measure(
+    args: argparse.Namespace, dense: Arm, arms: list[Arm]
+) -> Iterator[list[dict[str, Any]]]:
+    """A row for each arm so far, the dense one first; once after every other arm."""
     with working(dense) as (baseline, facts):
-        first = row_of(dense, facts) | parts_of(dense, baseline)
+        first = row_of(dense, facts) | parts_of(dense, baseline) | {"ratio": 1.0}
+        first["peak_bytes"] = baseline.order("peak")["peak_bytes"]
         times: list[float] = []
-        rows = []
+        rows: list[dict[str, Any]] = []
         for arm in arms:
             with working(arm) as (worker, facts):
                 row = row_of(arm, facts) | parts_of(arm, worker)
+                row |= worker.order("peak")
                 pairs, start = [], time.monotonic()
                 while not pairs or (
                     len(pairs) < args.rounds and time.monotonic() - start < args.seconds
                 ):
                     pairs.append([w.order("time")["seconds"] for w in (baseline, worker)])
-                times += [pair[0] for pair in pairs]
-                ratios = [other / base for base, other in pairs]
-                row |= {
-                    "seconds": statistics.median(pair[1] for pair in pairs),
-                    "ratio": statistics.median(ratios),
-                    "ratios": ratios,
-                }
-                row["reached"] = row["target"] and row["ratio"] <= row["target"]
-                rows.append(row | worker.order("end"))
-        first |= {"seconds": statistics.median(times) if times else None, "ratio": 1.0}
-        return [first | baseline.order("end"), *rows]
+            times += [pair[0] for pair in pairs]
+            first["seconds"] = statistics.median(times)
+            row["seconds"] = statistics.median(pair[1] for pair in pairs)
+            row["ratios"] = [other / base for base, other in pairs]
+            row["ratio"] = statistics.median(row["ratios"])
+            row["reached"] = row["target"] and row["ratio"] <= row["target"]
+            rows.append(row)
+            yield [first, *rows]
 
 
 def row_of(arm: Arm, facts: dict[str, Any]) -> dict[str, Any]:
@@ -319,11 +324,10 @@ def render(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         reached = {None: "", True: "reached", False: "not"}[row.get("reached")]
         target = f"{row['target']:8.2f}" if row["target"] else f"{'':8}"
-        seconds = f"{row['seconds']:9.3f}" if row["seconds"] else f"{'':9}"
         layers = f"{sum(row['layer_bytes'].values()) / 1e9:10.3f}" if "layer_bytes" in row else ""
         lines.append(
             f"{row['case']:>11}{name_of(row):>14}{row['dtype']:>6}{row['threads']:>4}"
-            f"{row['solved_sparsity']:8.1%}{seconds}{row['ratio']:9.2f}"
+            f"{row['solved_sparsity']:8.1%}{row['seconds']:9.3f}{row['ratio']:9.2f}"
             f"{row['flops_ratio']:7.3f}{target}{reached:>9}{row['peak_bytes'] / 1e9:9.2f}{layers}"
         )
     lines += ["", "seconds by part, of one profiled step; update: of a topology update"]
