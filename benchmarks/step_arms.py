@@ -244,17 +244,20 @@ def serve_trainer(arm: Arm) -> None:
 
 def layer_bytes(trainer: Any) -> dict[str, int]:
     """Bytes of the layers that are, or could be, sparse: by what they are; counted once."""
+    from torch.utils._pytree import tree_leaves
+
     shards, sums, seen = trainer.shards, Counter(), set()
     for name, layer in trainer.engine.module.sparse_layers().items():
         tensors = {"weights": layer.weight.data, "gradients": shards.gradient(name)}
         fragment = shards.fragment(name)
         tensors |= {} if fragment is None else fragment.tensors()
-        views = {} if layer.layout is None else vars(layer.layout)
-        tensors |= {f"view {key}": view for key, view in views.items() if hasattr(view, "nbytes")}
         for kind, tensor in tensors.items():
             if tensor is not None and tensor.data_ptr() not in seen:
                 seen.add(tensor.data_ptr())
-                sums["views" if kind.startswith("view ") else kind] += tensor.nbytes
+                sums[kind] += tensor.nbytes
+        if layer.layout is not None:  # with what kernels keep there
+            kept = tree_leaves([layer.layout.slots, layer.layout._views, layer.layout.cache])
+            sums["views"] += sum(leaf.nbytes for leaf in kept if hasattr(leaf, "nbytes"))
     return dict(sums)
 
 

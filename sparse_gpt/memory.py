@@ -39,7 +39,7 @@ def state_bytes(precision: str, stage: int) -> tuple[int, int, int]:
 
 
 def view_bytes(blocks: int, grid: tuple[int, int]) -> int:
-    """Bytes of a `BlockLayout`: five int32 a block, and where each row and column begins."""
+    """Bytes of a `BlockLayout` with its views: five int32 a block, and where each row begins."""
     return 4 * (5 * blocks + grid[0] + 1 + grid[1] + 1)
 
 
