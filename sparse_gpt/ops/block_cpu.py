@@ -26,9 +26,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_new": 2}  # Activation of gelu.h
 _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 
-# Features that a pass goes through at once. Of blocks that use an input a few times, so many stay
-# in the first cache; of others, and of sums over tokens, in the second.
-_NARROW_BAND, _WIDE_BAND, _SUM_BAND = 128, 1024, 512
+# Features that a pass goes through at once. Where an input serves fewer than four outputs, so many
+# stay in the first cache; of others, in the second, and fewer of sums over more tokens.
+_NARROW_BAND, _WIDE_BAND = 128, 1024
+_PANEL_BAND, _DOT_BAND = 512, 256
 
 
 class _Order(ctypes.Structure):
@@ -200,10 +201,11 @@ def _operand(part: _Part, name: str, kept: list[Tensor]) -> _Operand:
     made = _Operand(*map(_pointer, pointers), layout.shape[0], layout.count)
     rows, inputs = layout.block
     if name == "forward":
-        made.forward = _order(layout, False, _NARROW_BAND if rows < 8 else _WIDE_BAND)
+        made.forward = _order(layout, False, _WIDE_BAND if rows % 4 == 0 else _NARROW_BAND)
     else:
-        made.backward = _order(layout, True, _NARROW_BAND if inputs < 8 else _WIDE_BAND)
-        made.gradient = _order(layout, False, _SUM_BAND)
+        made.backward = _order(layout, True, _WIDE_BAND if inputs % 4 == 0 else _NARROW_BAND)
+        panels = rows % 16 == inputs % 16 == 0  # by_panel of sums.h
+        made.gradient = _order(layout, False, _PANEL_BAND if panels else _DOT_BAND)
     return made
 
 

@@ -61,7 +61,12 @@ static inline void add_blocks(const Weights& w, int64_t first, int64_t last, int
         for (int v = 0; v < V; ++v) acc[r][v] = load(sums + r * kTile + v * kLanes);
     for (int64_t b = first; b < last; ++b, weight += size) {
         const float* in = x + static_cast<int64_t>(w.order.columns[b]) * units * kTile;
-        for (int u = 0; u < units; ++u)
+        const int64_t next = static_cast<int64_t>(w.order.columns[b + 1 < last ? b + 1 : b]);
+        for (int u = 0; u < units; ++u) {
+            if (output == 0)  // the first that a block's inputs meet: from then on they are near
+                UNROLL
+                for (int v = 0; v < V; ++v)
+                    __builtin_prefetch(x + (next * units + u) * kTile + v * kLanes);
             UNROLL
             for (int r = 0; r < R; ++r) {
                 const Vec each = splat(weight[u * R + r]);
@@ -69,6 +74,7 @@ static inline void add_blocks(const Weights& w, int64_t first, int64_t last, int
                 for (int v = 0; v < V; ++v)
                     acc[r][v] = Lane::dot(acc[r][v], load(in + u * kTile + v * kLanes), each);
             }
+        }
     }
     UNROLL
     for (int r = 0; r < R; ++r)

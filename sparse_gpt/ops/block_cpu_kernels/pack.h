@@ -29,7 +29,11 @@ static inline void read(const void* data, int64_t at, bool half, int count, floa
         else
             for (int i = 0; i < count; ++i) out[i] = wide(from[i]);
     } else {
-        std::memcpy(out, static_cast<const float*>(data) + at, count < 16 ? count * 4 : 64);
+        const float* from = static_cast<const float*>(data) + at;
+        if (count == 16)  // a size that is known is a move or two, no call
+            std::memcpy(out, from, 64);
+        else
+            std::memcpy(out, from, 4 * count);
     }
 }
 
@@ -41,7 +45,11 @@ static inline void write(void* data, int64_t at, bool half, int count, const flo
         else
             for (int i = 0; i < count; ++i) to[i] = narrow(in[i]);
     } else {
-        std::memcpy(static_cast<float*>(data) + at, in, count < 16 ? count * 4 : 64);
+        float* to = static_cast<float*>(data) + at;
+        if (count == 16)
+            std::memcpy(to, in, 64);
+        else
+            std::memcpy(to, in, 4 * count);
     }
 }
 

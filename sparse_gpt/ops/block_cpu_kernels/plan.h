@@ -111,6 +111,16 @@ struct Part {
     int64_t start, tiles;
 };
 
+// Fresh memory that is about to be written comes in pages of 2 MB, where the system has them.
+static inline void use_huge_pages(void* data, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    if (!data || bytes < 4 * kHugePage) return;
+    const uintptr_t first = reinterpret_cast<uintptr_t>(data), page = kHugePage;
+    const uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish
+#endif
+}
+
 // Memory that a calling thread keeps between calls: fresh pages would cost more than packing does.
 class Scratch {
 public:
@@ -123,9 +133,7 @@ public:
             size_ = 0;
             const size_t bytes = static_cast<size_t>(round_up(count * 4, kHugePage));
             if (posix_memalign(&data_, kHugePage, bytes)) throw std::bad_alloc();
-#if defined(MADV_HUGEPAGE)
-            madvise(data_, bytes, MADV_HUGEPAGE);  // rows of tiles are all over the place
-#endif
+            use_huge_pages(data_, bytes);
             size_ = count;
         }
         return static_cast<float*>(data_);
@@ -188,6 +196,10 @@ private:
                   &sum_ranges_);
         }
         base_ = scratch.floats(floats);
+        for (const Product& p : products) {
+            use_huge_pages(p.output.y, tokens * p.output.stride * (half ? 2 : 4));
+            use_huge_pages(p.output.inputs, tokens * p.output.stride * (half ? 2 : 4));
+        }
         for (size_t i = 0; i < sums.size(); ++i) {
             Sum& s = sums[i];
             s.value_sums = half ? base_ + at[2 * i] : static_cast<float*>(s.values);
