@@ -10,7 +10,7 @@ Cases:
               the tied one alone costs more than the dense model. Target: 1.15 x the FLOPs ratio
     block     one block of the shape of GPT-3 20B, forward and backward: the CS-2's published case
     prefill   4 prompts of 256 tokens through GPT-3 Small without gradients, to the last logits
-    prefill_xl  one of 1,024 tokens through 4 blocks of GPT-3 XL
+    prefill_xl  one of 1,024 tokens through 4 blocks of GPT-3 XL; only where asked for
 
 Every arm is a process of its own. The dense arm and another take turns in a round, and the ratio is
 the median over the rounds of each round's; on one thread of a CPU by the processor's time. Dense is
@@ -85,7 +85,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     storages = ("compact", "masked")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=["step", "block", "prefill"])
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--storages", nargs="+", choices=storages, default=storages)
     parser.add_argument(
