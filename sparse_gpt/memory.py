@@ -39,8 +39,9 @@ def state_bytes(precision: str, stage: int) -> tuple[int, int, int]:
 
 
 def view_bytes(blocks: int, grid: tuple[int, int]) -> int:
-    """Bytes of a `BlockLayout` with its views: five int32 a block, and where each row begins."""
-    return 4 * (5 * blocks + grid[0] + 1 + grid[1] + 1)
+    """Bytes of a `BlockLayout` and the orders that a kernel goes by, at most three (`block_cpu`):
+    int32, a slot, and a column and a slot of each order, a block; and where each row begins."""
+    return 4 * (7 * blocks + 2 * (grid[0] + 1) + grid[1] + 1)
 
 
 def states(

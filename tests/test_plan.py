@@ -12,10 +12,11 @@ from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import load_config, validate
 from sparse_gpt.errors import UserError
 from sparse_gpt.ift.iso_flop import Residual, solve_units
+from sparse_gpt.memory import view_bytes
 from sparse_gpt.model.flops import FlopsLedger, active_counts, linear_shapes
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.model.presets import preset
-from sparse_gpt.ops import BlockLayout
+from sparse_gpt.ops import BlockLayout, Operand, block_cpu
 from sparse_gpt.plan import parameter_count, plan, render
 from sparse_gpt.plan_updates import Cluster, update_table
 from sparse_gpt.sparse_units import solve
@@ -353,9 +354,25 @@ def test_a_compact_model_is_as_planned():
     }
     model = GPT(run.gpt_config(257), layouts)
     assert result.stored_parameters == sum(p.numel() for p in model.parameters())
-    views = ("slots", "row_ptr", "col_idx", "row_slot", "col_ptr", "row_idx", "col_slot")
-    held = [getattr(layout, view).nbytes for layout in layouts.values() for view in views]
-    assert result.memory[2].views == sum(held)
+    assert result.memory[2].views == sum(
+        view_bytes(layout.count, layout.grid) for layout in layouts.values()
+    )
+
+
+@pytest.mark.skipif(
+    block_cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="no native kernels"
+)
+@pytest.mark.parametrize("block", [(1, 1), (16, 16)])
+def test_views_are_what_a_kernel_keeps(block):
+    shape = (768, 3072)
+    units = shape[0] * shape[1] // (block[0] * block[1])
+    layout = BlockLayout(shape, block, torch.arange(0, units, 4))
+    values = torch.zeros(layout.count, *block, requires_grad=True)
+    x = torch.zeros(8, shape[1], requires_grad=True)
+    block_cpu.sparse_linears(x, [Operand(values, None, layout)])[0].sum().backward()
+    kept = {t.data_ptr(): t.nbytes for order in layout.cache.values() for t in order[:3]}
+    held = layout.slots.nbytes + sum(kept.values())
+    assert 0.95 < held / view_bytes(layout.count, layout.grid) < 1.05  # rows of bands
 
 
 def test_updates_of_compact_storage_are_not_estimated():

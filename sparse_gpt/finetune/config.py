@@ -64,4 +64,10 @@ class FinetuneConfig(Section):
             raise ValueError("give exactly one of epochs, max_steps")
         if self.mode == "dense" and (self.storage, self.kernel) != ("masked", "auto"):
             raise ValueError("storage and kernel are of sparse layers: set mode: sparse")
+        if self.kernel == "semi_structured":
+            raise ValueError("kernel: semi_structured is of pretraining; set kernel: auto")
+        if self.kernel.startswith("block_") and self.storage != "compact":
+            raise ValueError(f"kernel: {self.kernel} needs storage: compact")
+        if self.kernel == "masked" and self.storage != "masked":
+            raise ValueError("kernel: masked needs storage: masked")
         return self

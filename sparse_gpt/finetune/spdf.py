@@ -124,7 +124,9 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
     structure = StructureConfig()
     for block in {layer.block for layer in layers.values()} - {(1, 1)}:
         structure = StructureConfig(type="block", block=block)
-    sparsity = SparsityConfig(
+    sparsity = construct(
+        SparsityConfig,
+        "fine-tuning",
         sparsity=max(1e-9, 1 - sum(kept) / len(kept)) if kept else 0.0,
         algorithm="static",
         structure=structure,

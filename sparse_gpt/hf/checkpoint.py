@@ -57,7 +57,7 @@ def export_checkpoint(
             check_zeros(name, tensor, patterns[name])
         return tensor
 
-    parameters = sum(torch.Size(shape).numel() for shape in reader.shapes.values())
+    parameters = sum(torch.Size(reader.dense_shape(name)).numel() for name in reader.names)
     layers = {name: _layer(pattern) for name, pattern in patterns.items()}
     active = sum(layer["active"] for layer in layers.values())
     dense = sum(layer["shape"][0] * layer["shape"][1] for layer in layers.values())

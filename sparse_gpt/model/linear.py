@@ -115,7 +115,8 @@ _compact: Any = torch.compiler.disable(_by_kernel)
 def linears(
     x: Tensor, layers: Sequence[nn.Module], activation: str | None = None
 ) -> tuple[Tensor, ...]:
-    """`act(layer(x))` of each layer, in one call of a kernel where all are compact ones.
+    """`act(layer(x))` of each layer, in one call of a kernel where all are compact ones: then the
+    layers are not called as modules, and hooks on them are not run.
 
     `activation`: a name of `ops.ACTIVATIONS`, or None.
     """

@@ -23,6 +23,8 @@ def head_loss(
     `chunk` tokens at a time. It differs from the loss of all logits in the order of sums over
     tokens alone. The weight's gradient is summed in fp32 (fp64).
     """
+    if not torch.is_grad_enabled():  # in forward, inputs seem to need gradients even then
+        hidden, weight = hidden.detach(), weight.detach()
     loss: Any = _HeadLoss.apply(hidden, weight, targets, chunk, reduction == "mean")
     return loss
 

@@ -9,7 +9,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparse_gpt.ops import launch_triton as launch
-from sparse_gpt.ops.compact import ACTIVATIONS, Growth, Operand, give_growth
+from sparse_gpt.ops.compact import (
+    ACTIVATIONS,
+    Growth,
+    Operand,
+    check_operands,
+    check_values,
+    give_growth,
+)
 from sparse_gpt.ops.launch_triton import Weight
 from sparse_gpt.ops.layout import BlockLayout
 from sparse_gpt.ops.triton_configs import Choose, Plan, Problem, Tile
@@ -24,6 +31,7 @@ class _Setting(NamedTuple):
     plans: list[Plan]
     activation: str | None
     precision: str
+    differentiable: bool
 
 
 class _Linears(torch.autograd.Function):
@@ -33,7 +41,7 @@ class _Linears(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, setting: _Setting, *tensors: Tensor | None) -> Any:  # type: ignore[override]
         count = len(setting.layouts)
         values, biases = tensors[:count], tensors[count:]
-        keep = setting.activation is not None and any(ctx.needs_input_grad)
+        keep = setting.activation is not None and setting.differentiable
         results, befores = [], []
         for layout, plan, block_values, bias in zip(
             setting.layouts, setting.plans, values, biases, strict=True
@@ -61,6 +69,7 @@ class _Linears(torch.autograd.Function):
         terms: list[tuple[Weight, Plan]] = []
         for i, (layout, plan) in enumerate(zip(setting.layouts, setting.plans, strict=True)):
             layout.check(setting.versions[i])
+            check_values(values[i], layout)
             dy = grads[i]
             if dy is None:
                 continue
@@ -78,14 +87,7 @@ def _sparse_linears(
     x: Tensor, operands: Sequence[Operand], activation: str | None, choose: Choose
 ) -> tuple[Tensor, ...]:
     """A `CompactKernel` whose plans `choose` makes."""
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
-    for operand in operands:
-        found = {t.dtype for t in (operand.values, operand.bias, x) if t is not None}
-        if len(found) != 1:
-            raise TypeError(f"x, values and bias of several dtypes: {found}")
-        if x.shape[-1] != operand.layout.shape[1]:
-            raise ValueError(f"x of {tuple(x.shape)} and a weight of {operand.layout.shape}")
+    check_operands(x, operands, activation)
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(1) != 1:
         rows = rows.contiguous()
@@ -109,6 +111,7 @@ def _sparse_linears(
         plans,
         activation,
         precision,
+        torch.is_grad_enabled(),
     )
     made: Any = _Linears.apply(
         rows,

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from sparse_gpt.native import library
 from sparse_gpt.ops import compact
-from sparse_gpt.ops.compact import Operand, grow_from
+from sparse_gpt.ops.compact import Operand, check_operands, check_values, grow_from
 from sparse_gpt.ops.layout import BlockLayout
 
 SOURCE = Path(__file__).parent / "block_cpu_kernels" / "block_cpu.cpp"
@@ -72,14 +72,10 @@ def sparse_linears(
     x: Tensor, operands: Sequence[Operand], activation: str | None = None
 ) -> tuple[Tensor, ...]:
     """See `ops.compact.sparse_linears`, the specification."""
+    check_operands(x, operands, activation)
     if len({operand.layout.block for operand in operands}) > 1:
         return tuple(sparse_linears(x, [operand], activation)[0] for operand in operands)
     tensors = [t for operand in operands for t in (operand.values, operand.bias)]
-    for tensor in tensors:
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"an input in {x.dtype} and a weight or bias in {tensor.dtype}")
-    if x.shape[-1] != operands[0].layout.shape[1]:
-        raise ValueError(f"{x.shape[-1]} features for weights of {operands[0].layout.shape}")
     keep = torch.is_grad_enabled()
     results: Any = _SparseLinears.apply(x, tuple(operands), activation, keep, *tensors)
     return results
@@ -130,6 +126,7 @@ class _SparseLinears(torch.autograd.Function):
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
         for i, operand in enumerate(ctx.operands):
             operand.layout.check(ctx.versions[i])
+            check_values(saved[i], operand.layout)
             part = _Part(operand.layout, saved[i], inputs=saved[count + i])
             part.dy = grads[i].contiguous()
             if needs[2 * i]:

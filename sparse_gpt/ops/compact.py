@@ -51,6 +51,32 @@ class Operand:
 CompactKernel = Callable[[Tensor, Sequence[Operand], str | None], tuple[Tensor, ...]]
 
 
+def check_operands(x: Tensor, operands: Sequence[Operand], activation: str | None) -> None:
+    """Raise `ValueError` or `TypeError` for what does not fit: kernels go by the layout's sizes."""
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"no activation {activation!r}; there are: {', '.join(ACTIVATIONS)}")
+    if not operands:
+        raise ValueError("no weight to multiply with")
+    for operand in operands:
+        values, bias, layout = operand.values, operand.bias, operand.layout
+        found = {t.dtype for t in (values, bias, x) if t is not None}
+        if len(found) != 1:
+            raise TypeError(f"x, values and bias of several dtypes: {found}")
+        if x.shape[-1] != layout.shape[1]:
+            raise ValueError(f"x of {tuple(x.shape)} and a weight of {layout.shape}")
+        check_values(values, layout)
+        if bias is not None and bias.shape != (layout.shape[0],):
+            raise ValueError(f"a bias of {tuple(bias.shape)} and a weight of {layout.shape}")
+
+
+def check_values(values: Tensor, layout: BlockLayout) -> None:
+    """Raise where values are not those of a layout: a backward pass may find them released."""
+    if values.shape != (layout.count, *layout.block):
+        raise ValueError(
+            f"values of {tuple(values.shape)} for {layout.count} blocks of {layout.block}"
+        )
+
+
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]

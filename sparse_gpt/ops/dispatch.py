@@ -4,7 +4,7 @@ An explicit choice that cannot run is an error that says why; `auto` logs once w
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -61,23 +61,40 @@ def why_not(
     return None
 
 
+def refusals(
+    device: torch.device, block: tuple[int, int], dtype: torch.dtype
+) -> dict[str, str | None]:
+    """`why_not` of every kernel over compact storage, on this rank."""
+    return {name: why_not(name, device, block, dtype) for name in COMPACT}
+
+
 def resolve_compact(
-    name: str, device: torch.device, block: tuple[int, int], dtype: torch.dtype
+    name: str,
+    device: torch.device,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    refused_by: Mapping[str, str | None] | None = None,
 ) -> tuple[str, CompactKernel]:
-    """The kernel behind a `sparsity.kernel` over compact storage, and its name."""
+    """The kernel behind a `sparsity.kernel` over compact storage, and its name.
+
+    `refused_by`: `refusals` that hold on any rank, so that all take the same kernel; without it
+    this rank's own.
+    """
+    if refused_by is None:
+        refused_by = refusals(device, block, dtype)
     if name != "auto":
         if name not in COMPACT:
             raise UserError(
                 f"sparsity.kernel: no kernel {name!r} over compact storage; there are: auto, "
                 f"{', '.join(COMPACT)}"
             )
-        reason = why_not(name, device, block, dtype)
+        reason = refused_by[name]
         if reason is not None:
             raise UserError(f"sparsity.kernel: {name} cannot run here: {reason}")
         return name, COMPACT[name]
     refused = []
     for candidate, kernel in COMPACT.items():
-        reason = why_not(candidate, device, block, dtype)
+        reason = refused_by[candidate]
         if reason is None:
             logger.info(
                 "kernel: auto took %r (compact storage, blocks of %d x %d, %s on %s%s)",

@@ -43,10 +43,13 @@ def _over_all(values: Tensor, device: torch.device, operation: dist.ReduceOp.Red
 
 
 def own_range(numel: int) -> tuple[int, int]:
-    """`[first, last)` of `numel` positions that belong to this rank; firsts are multiples of 8."""
+    """`[first, last)` of `numel` positions that belong to this rank; firsts are multiples of 8.
+
+    Of a rank that has none both are the multiple of 8 behind them.
+    """
     size = _range_size(numel)
-    first = min(numel, dist.get_rank() * size)
-    return first, min(numel, first + size)
+    first = min(-(-numel // 8) * 8, dist.get_rank() * size)
+    return first, max(first, min(numel, first + size))
 
 
 def _range_size(numel: int) -> int:

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from sparse_gpt.config import DataSource, RunConfig
@@ -13,7 +14,13 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import fraction_of_steps, linear_shapes
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.model.linear import SparseLinear
-from sparse_gpt.ops import BlockLayout, inverse_power, resolve_compact, resolve_kernel
+from sparse_gpt.ops import (
+    BlockLayout,
+    inverse_power,
+    refusals,
+    resolve_compact,
+    resolve_kernel,
+)
 from sparse_gpt.run_method import method_of
 from sparse_gpt.sparse_units import Solution
 from sparse_gpt.topology.bits import Bits
@@ -169,7 +176,9 @@ def sparse_layers(
     sparsity = config.sparsity
     layers = {name: layer for name, layer in model.sparse_layers().items() if name in set(names)}
     if sparsity.storage == "compact" and layers:
-        _, compact = resolve_compact(sparsity.kernel, device, sparsity.structure.block, dtype)
+        place = (device, sparsity.structure.block, dtype)
+        refused = _refused_by_any(refusals(*place))
+        _, compact = resolve_compact(sparsity.kernel, *place, refused)
         for layer in layers.values():
             layer.compact_kernel = compact
     elif layers:
@@ -179,6 +188,22 @@ def sparse_layers(
     for layer in layers.values():
         layer.alpha = sparsity.powerpropagation
     return layers
+
+
+def _refused_by_any(mine: dict[str, str | None]) -> dict[str, str | None]:
+    """Why kernels cannot run on some rank, by the first that says so. A collective.
+
+    Ranks must take the same one: kernels make their gradients in different orders, and ranks
+    exchange gradients in the order in which they are made.
+    """
+    found: list[dict[str, str | None]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    refused = dict(mine)
+    for rank, theirs in reversed(list(enumerate(found))):
+        for name, reason in theirs.items():
+            if reason is not None:
+                refused[name] = reason if mine[name] == reason else f"rank {rank}: {reason}"
+    return refused
 
 
 def first_topology(

@@ -192,14 +192,15 @@ class MaskFinder:
 
         def read() -> None:
             reader = open_checkpoint(lottery.final, verify=False)
-            needed = [f for f in reader.files if f.startswith(("master-", "topology-"))]
+            kinds = ("master-", "topology-", "slots-")
+            needed = [f for f in reader.files if f.startswith(kinds)]
             reader.verify(needed)
             for name in self.names:
                 shape = self.shards.shape(name)
-                if reader.shapes.get(name) != shape:
+                there = reader.dense_shape(name) if name in reader.shapes else None
+                if there != shape:
                     raise UserError(
-                        f"{reader.path} is of another model: {name} is {shape} here, "
-                        f"{reader.shapes.get(name)} there"
+                        f"{reader.path} is of another model: {name} is {shape} here, {there} there"
                     )
                 final = reader.parameter(name).view(-1)  # one layer whole at a time
                 found[name] = final_magnitude(self._part(name, final).clone())

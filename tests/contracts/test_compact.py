@@ -1,5 +1,6 @@
 """Contract 6: compact storage trains as masked storage does, at every stage, and converts."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from sparse_gpt.errors import UserError
+from sparse_gpt.hf.checkpoint import export_checkpoint
 from sparse_gpt.ops import block_cpu
 from sparse_gpt.train.checkpoint_files import open_checkpoint, write_tensors
 from sparse_gpt.train.manifest import write_manifest
@@ -114,6 +116,43 @@ def test_a_real_kernel_stays_within_the_bounds_of_contract_4(corpus, tmp_path, m
     both = sum(int((pairs[0][n] & pairs[1][n]).sum()) for n in pairs[0])
     either = sum(int((pairs[0][n] | pairs[1][n]).sum()) for n in pairs[0])
     assert both / either >= 0.999
+
+
+@pytest.mark.skipif(
+    block_cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="no native kernels"
+)
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_real_kernel_at_other_stages(corpus, tmp_path, stage):
+    more = {"sparsity__kernel": "block_cpu", "global_batch_size": 4}
+    both = [{**changes("compact"), **more, "deepspeed__zero_stage": s} for s in (2, stage)]
+    first, second = run_ranks(2, train, corpus, str(tmp_path), *both)[0]
+    assert second[0] == pytest.approx(first[0], rel=0, abs=1e-5)
+    assert second[1] == first[1]
+
+
+def unlike_ranks(corpus, out, more):
+    """A run in which rank 1 has no C++ compiler."""
+    real = block_cpu.why_not
+    if torch.distributed.get_rank() == 1:
+        block_cpu.why_not = lambda device, dtype: "there is no C++ compiler"
+    try:
+        return train(corpus, out, more)
+    except UserError as error:
+        return str(error)
+    finally:
+        block_cpu.why_not = real
+
+
+def test_all_ranks_take_a_kernel_that_all_of_them_have(corpus, tmp_path):
+    """Else gradients of different layers would be added to each other."""
+    reference, auto = changes("compact", steps=4), changes("compact", steps=4)
+    auto["sparsity__kernel"] = "auto"
+    (expected,) = run_ranks(2, train, corpus, f"{tmp_path}/reference", reference)[0]
+    for (found,) in run_ranks(2, unlike_ranks, corpus, f"{tmp_path}/auto", auto):
+        assert found[:2] == expected[:2]
+    auto["sparsity__kernel"] = "block_cpu"
+    for said in run_ranks(2, unlike_ranks, corpus, f"{tmp_path}/explicit", auto):
+        assert "block_cpu cannot run here" in said and "no C++ compiler" in said
 
 
 # One micro-batch a step: else stages 0 and 1 add micro-batches up before ranks, and compact
@@ -255,6 +294,23 @@ def test_growth_by_norms_of_micro_batches(corpus, tmp_path):
     assert first[0][:3] == second[0][:3]
     assert [update[0] for update in first[1]] == [update[0] for update in second[1]]
     assert first[1][0][1] != second[1][0][1]
+
+
+def test_exports_and_tickets_of_both_storages(corpus, tmp_path):
+    exported, tickets = [], []
+    for storage in ("masked", "compact"):
+        run = tmp_path / storage
+        run_ranks(1, train, corpus, str(run), changes(storage, "set", steps=4))
+        made = export_checkpoint(run / "0", run / "hf")
+        exported.append(made)
+        ticket = changes("masked", "static", steps=4, sparsity__init_mask="lottery")
+        ticket["sparsity__lottery"] = {"final": str(run / "0")}
+        tickets.append(run_ranks(1, train, corpus, f"{run}/ticket", ticket)[0][0])
+    masked, compact = (replace(made, out=Path(), bytes=0) for made in exported)
+    assert masked == compact and 0 < masked.active_parameters < masked.parameters
+    files = [tmp_path / storage / "hf" / "model.safetensors" for storage in ("masked", "compact")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert tickets[0] == tickets[1]
 
 
 def state_bytes(corpus, out, more):

@@ -123,3 +123,20 @@ def test_slots_that_are_no_topology_are_refused(slots):
     layout = BlockLayout((8, 8), (2, 2), torch.tensor([0, 5]))
     with pytest.raises(ValueError, match=r"block"):
         layout.rewrite(torch.tensor(slots))
+
+
+@pytest.mark.parametrize("kernel", [name for name in COMPACT if name != "reference"])
+def test_what_does_not_fit_a_layout_is_refused(kernel):
+    layout, x = BlockLayout((8, 8), (2, 2), torch.tensor([0, 5])), torch.zeros(3, 8)
+    values, bias = torch.zeros(2, 2, 2), torch.zeros(8)
+    for bad, error in (
+        ((x, [Operand(values[:1], bias, layout)]), "1 blocks|values of"),
+        ((x, [Operand(values, bias[:4], layout)]), "a bias of"),
+        ((x[:, :4], [Operand(values, bias, layout)]), "x of"),
+        ((x, []), "no weight"),
+        ((x, [Operand(values, bias, layout)], "relu"), "no activation"),
+    ):
+        with pytest.raises(ValueError, match=error):
+            COMPACT[kernel](*bad)
+    with pytest.raises(TypeError, match="several dtypes"):
+        COMPACT[kernel](x, [Operand(values.double(), bias, layout)])
