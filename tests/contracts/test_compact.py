@@ -15,6 +15,8 @@ from sparse_gpt.train.manifest import write_manifest
 from tests.contracts.runs import after_every_step, run_config, trainer
 from tests.ranks import run_ranks
 
+SLOW_SET = pytest.param("set", marks=pytest.mark.slow)
+MEMBERS = ("wide", "factorized")  # and those that are not slow
 STRUCTURES = {
     "block": {"type": "block", "block": [4, 8]},
     "balanced": {"type": "block", "block": [4, 4], "balanced": "row"},
@@ -78,7 +80,7 @@ def same_weights(first, second):
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("method", [SLOW_SET, "rigl"])
 def test_masks_and_losses_have_the_bits_of_masked_storage(corpus, tmp_path, method, structure):
     both = [changes(storage, method, structure) for storage in ("masked", "compact")]
     compare(corpus, tmp_path, 2, *both)
@@ -102,7 +104,7 @@ def masks_of(reader):
 @pytest.mark.skipif(
     block_cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="no native kernels"
 )
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("method", [SLOW_SET, "rigl"])
 @pytest.mark.parametrize("structure", ["block", "unstructured"])
 def test_a_real_kernel_stays_within_the_bounds_of_contract_4(corpus, tmp_path, method, structure):
     """50 steps in fp32: masks of IoU >= 0.999, losses to 1e-4."""
@@ -172,7 +174,7 @@ def test_three_ranks(corpus, tmp_path):
         assert masked[0] == pytest.approx(compact[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_bf16(corpus, tmp_path, stage):
     more = {"precision": "bf16", "deepspeed__zero_stage": stage}
     both = [changes(storage, "rigl", "block", 7, **more) for storage in ("masked", "compact")]
@@ -182,7 +184,7 @@ def test_bf16(corpus, tmp_path, stage):
 @pytest.mark.parametrize(
     ("first", "then"), [("compact", "compact"), ("masked", "compact"), ("compact", "masked")]
 )
-@pytest.mark.parametrize("method", ["set", "rigl"])
+@pytest.mark.parametrize("method", [SLOW_SET, "rigl"])
 def test_a_run_goes_on_in_either_storage(corpus, tmp_path, method, first, then):
     """Stopped behind an update, with another one to come; bit for bit the run without a stop."""
     (whole,) = run_ranks(2, train, corpus, f"{tmp_path}/whole", changes("masked", method))[0]
@@ -247,7 +249,9 @@ def test_another_layout_goes_on_from_compact_slots(corpus, tmp_path):
     assert end[0] == pytest.approx(whole[0][7:], rel=1e-5)
 
 
-@pytest.mark.parametrize("member", ["wide", "parallel", "factorized", "doped"])
+@pytest.mark.parametrize(
+    "member", ["parallel", "doped", *(pytest.param(m, marks=pytest.mark.slow) for m in MEMBERS)]
+)
 def test_members(corpus, tmp_path, member):
     both = [changes(s, "rigl", steps=7, ift__member=member) for s in ("masked", "compact")]
     compare(corpus, tmp_path, 2, *both)
