@@ -359,6 +359,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         unused.axis("off")
     for axes, group in zip(places, groups):
         shown = [row for row in rows if group_of(row) == group]
+        shown.sort(key=lambda row: (row["storage"] != "dense", row["storage"], row["sparsity"]))
         bottom = [0.0] * len(shown)
         for part in shown[0]["parts"]:
             heights = [
