@@ -13,7 +13,7 @@ gradient. That is not the norm of the sum: blocks whose micro-batches disagree s
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -108,14 +108,8 @@ class ExactGrowth(GrowthScores):
 
     kind = "dense"
 
-    def __init__(
-        self,
-        layouts: Mapping[str, BlockLayout],
-        structure: BlockStructure,
-        device: torch.device,
-        micro_steps: int,
-    ) -> None:
-        super().__init__(layouts, structure, device, micro_steps)
+    def __init__(self, *of_every_kind: Any) -> None:
+        super().__init__(*of_every_kind)
         self._added: dict[str, int] = {}
         self._scores: dict[str, Tensor] = {}
 

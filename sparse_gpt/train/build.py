@@ -251,31 +251,21 @@ def controller_of(
 ) -> TopologyController:
     """The topology of a run, at its start: the method's own, or `saved`. A collective."""
     sparsity = config.sparsity
-    method = method_of(config, world_size)
+    method, structure = method_of(config, world_size), structure_of(config)
+    common = (layers, units, structure, method, config.seed, shards, saved)
+    holds = sparsity.update.mode == "replace"
     if sparsity.storage == "compact":
         return CompactController(
-            layers,
-            units,
-            structure_of(config),
-            method,
-            config.seed,
-            shards,
-            saved=saved,
-            hold_step=sparsity.update.mode == "replace",
+            *common,
+            hold_step=holds,
             growth_score=sparsity.growth_score,
             micro_steps=config.accumulation(world_size),
         )
     return TopologyController(
-        layers,
-        units,
-        structure_of(config),
-        method,
-        config.seed,
-        shards,
-        saved=saved,
+        *common,
         whole_model=sparsity.update.scope == "model",
         global_start=sparsity.distribution == "global",
-        hold_step=sparsity.update.mode == "replace",
+        hold_step=holds,
         # The masked kernel is a dense product: weights outside the mask are zero already.
         show_patterns=sparsity.kernel not in ("auto", "masked"),
     )
