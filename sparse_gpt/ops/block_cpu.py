@@ -30,11 +30,14 @@ _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 # stay in the first cache; of others, in the second, and fewer of sums over more tokens.
 _NARROW_BAND, _WIDE_BAND = 128, 1024
 _PANEL_BAND, _DOT_BAND = 512, 256
+# Of single weights all that is gone through at once stays in the first cache; at most 256.
+_SINGLE_BAND, _SINGLE_DOT_BAND = 128, 32
 
 
 class _Order(ctypes.Structure):
     _fields_ = (
         ("starts", c_void_p), ("columns", c_void_p), ("slots", c_void_p), ("bands", c_int32),
+        ("width", c_int32),
     )  # fmt: skip
 
 
@@ -197,7 +200,13 @@ def _operand(part: _Part, name: str, kept: list[Tensor]) -> _Operand:
     pointers = (values, part.bias, part.y, part.inputs, part.dy, part.dvalues, part.dbias)
     made = _Operand(*map(_pointer, pointers), layout.shape[0], layout.count)
     rows, inputs = layout.block
-    if name == "forward":
+    if layout.block == (1, 1):
+        if name == "forward":
+            made.forward = _order(layout, False, _SINGLE_BAND)
+        else:
+            made.backward = _order(layout, True, _SINGLE_BAND)
+            made.gradient = _order(layout, False, _SINGLE_DOT_BAND)
+    elif name == "forward":
         made.forward = _order(layout, False, _WIDE_BAND if rows % 4 == 0 else _NARROW_BAND)
     else:
         made.backward = _order(layout, True, _WIDE_BAND if inputs % 4 == 0 else _NARROW_BAND)
@@ -217,9 +226,10 @@ def _order(layout: BlockLayout, transposed: bool, features: int) -> _Order:
         width = layout.block[0] if transposed else layout.block[1]
         band = max(1, features // width)
         bands = -(-layout.grid[not transposed] // band)
-        layout.cache[key] = (*layout.view(transposed, band), bands)
-    starts, columns, slots, bands = cast(tuple[Tensor, Tensor, Tensor, int], layout.cache[key])
-    return _Order(starts.data_ptr(), columns.data_ptr(), slots.data_ptr(), bands)
+        layout.cache[key] = (*layout.view(transposed, band), bands, band)
+    kept = cast(tuple[Tensor, Tensor, Tensor, int, int], layout.cache[key])
+    starts, columns, slots, bands, band = kept
+    return _Order(starts.data_ptr(), columns.data_ptr(), slots.data_ptr(), bands, band)
 
 
 @functools.cache

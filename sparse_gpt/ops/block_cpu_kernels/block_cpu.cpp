@@ -52,9 +52,10 @@ int add_packing(Plan* plan, const Matrix& from, int64_t features, Packing::Kind 
 
 Term term(Plan* plan, const Call& call, const Operand& o, bool turned, int packing) {
     const Order& order = turned ? o.backward : o.forward;
+    const int64_t rows = turned ? call.in / call.b_in : o.out / call.b_out;
     plan->values.push_back({o.values, o.blocks, call.b_out, call.b_in, turned, plan->half,
-                            plan->pairs, order.slots});
-    return {packing, static_cast<int>(plan->values.size()) - 1, order};
+                            plan->pairs, order, rows});
+    return {packing, static_cast<int>(plan->values.size()) - 1};
 }
 
 int run(Plan* plan) {

@@ -15,6 +15,7 @@ struct Order {
     const int32_t* columns;  // [blocks]
     const int32_t* slots;    // [blocks]
     int32_t bands;
+    int32_t width;           // columns of a band
 };
 
 // Tiles of 64 tokens, or sums for them, that lie `step` floats from one to the next.
@@ -120,16 +121,27 @@ static void add_rows_by(const Weights& w, int64_t first, int64_t last, int64_t t
         add_rows_as<Lane, R, V, 0>(w, first, last, tiles, passes, sums);
 }
 
-// Sums for `tokens` tokens; of others in the last tile some are made.
+// How `tokens` tokens are gone through; of others in the last tile sums are made, too.
+struct Span {
+    int64_t tiles;
+    bool few;    // one vector of tokens at once, not kWays
+    int passes;  // through a tile
+};
+
+static inline Span span_of(int64_t tokens) {
+    const bool few = tokens <= 2 * kLanes;
+    const int width = (few ? 1 : kWays) * kLanes;
+    return {(tokens + kTile - 1) / kTile, few,
+            static_cast<int>((std::min<int64_t>(tokens, kTile) + width - 1) / width)};
+}
+
+// Sums for `tokens` tokens.
 template <typename Lane>
 static void add_rows(const Weights& w, int64_t first, int64_t last, int64_t tokens,
                      Tiles<float> sums) {
-    const int64_t tiles = (tokens + kTile - 1) / kTile;
-    const bool few = tokens <= 2 * kLanes;
-    const int width = (few ? 1 : kWays) * kLanes;
-    const int passes = static_cast<int>((std::min<int64_t>(tokens, kTile) + width - 1) / width);
+    const Span span = span_of(tokens);
     const auto add = [&](auto by, auto by_one) {
-        (few ? by_one : by)(w, first, last, tiles, passes, sums);
+        (span.few ? by_one : by)(w, first, last, span.tiles, span.passes, sums);
     };
     switch (outputs_at_once(w.outputs)) {
         case 4: return add(add_rows_by<Lane, 4, kWays>, add_rows_by<Lane, 4, 1>);

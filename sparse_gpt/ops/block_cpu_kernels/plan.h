@@ -13,6 +13,7 @@
 
 constexpr int64_t kRangeSums = 2048;     // of 64 tokens, that a thread holds: 512 kB
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
+constexpr int64_t kSingleRows = 1024;    // whose gradients stay in L2 for a sum over tokens
 constexpr int64_t kSumTiles = 8;         // that one sum over tokens runs through
 constexpr int64_t kTilesAtOnce = 4;      // that a weight meets when it comes by
 constexpr int64_t kHugePage = 2 << 20;
@@ -28,15 +29,21 @@ struct Values {
     int32_t b_out, b_in;
     bool turned;  // the pass is over the transpose
     bool half, pairs;
-    const int32_t* slots;  // in order
-    int64_t at = 0;        // in the scratch memory
+    Order order;
+    int64_t rows;    // block rows of the pass
+    int64_t at = 0;  // in the scratch memory
 
+    bool single() const { return b_out == 1 && b_in == 1; }
     int64_t units() const { return (turned ? b_out : b_in) / (pairs ? 2 : 1); }
     int64_t outputs() const { return turned ? b_in : b_out; }
-    int64_t floats() const { return blocks * outputs() * units(); }
+    int64_t floats() const {
+        if (single()) return Singles::floats(rows, blocks, order.bands);
+        return blocks * outputs() * units();
+    }
+    Singles singles(float* base) const { return {order, rows, blocks, base + at}; }
 
     void write(int64_t block, float* base) const {
-        const int64_t size = static_cast<int64_t>(b_out) * b_in, from = slots[block] * size;
+        const int64_t size = static_cast<int64_t>(b_out) * b_in, from = order.slots[block] * size;
         float* to = base + at + block * outputs() * units();
         // Between neighbours of a sum, and between outputs.
         const int64_t step = turned ? b_in : 1, across = turned ? 1 : b_in;
@@ -77,7 +84,6 @@ struct Packing {
 // One weight in a sum: tiles of `packing` times `values`.
 struct Term {
     int packing, values;  // their numbers
-    Order order;
 };
 
 // A matrix [tokens, rows * b] that is the sum of terms.
@@ -99,6 +105,17 @@ struct Sum {
     void* bias;    // [rows * b_out], or null
     float* value_sums = nullptr;  // fp32: `values` itself, or scratch memory
     float* bias_sums = nullptr;
+
+    bool single() const { return b_out == 1 && b_in == 1; }
+    Singles singles() const { return {order, rows, blocks, value_sums}; }
+};
+
+// A band of single weights of a range of rows, of values or of a sum, that is to be arranged.
+struct Arrangement {
+    const Values* values;
+    const Sum* sum;
+    int64_t first, last;
+    int32_t band;
 };
 
 // Something first .. last of one of several things.
@@ -176,6 +193,7 @@ private:
         };
         for (Values& v : values) {
             v.at = take(v.floats());
+            if (v.single()) continue;  // lay_out_products
             const int64_t slab = std::max<int64_t>(1, kSlab * 64 / (v.outputs() * v.units()));
             split(v.blocks, slab, &v - values.data(), &writes_);
         }
@@ -190,10 +208,18 @@ private:
         for (int i = 0; i < threads; ++i) held_.push_back(take(range_floats_));
         std::vector<int64_t> at;
         for (Sum& s : sums) {
-            at.push_back(half && s.values ? take(s.blocks * s.b_out * s.b_in) : -1);
+            if (s.values && s.single())
+                at.push_back(take(Singles::floats(s.rows, s.blocks, s.order.bands)));
+            else
+                at.push_back(half && s.values ? take(s.blocks * s.b_out * s.b_in) : -1);
             at.push_back(half && s.bias ? take(s.rows * s.b_out) : -1);
-            split(s.rows, std::max<int64_t>(1, ceil_div(s.rows, 8 * threads)), &s - sums.data(),
+            const int64_t rows = std::max<int64_t>(1, ceil_div(s.rows, 8 * threads));
+            const size_t made = sum_ranges_.size();
+            split(s.rows, s.single() ? std::min(rows, kSingleRows) : rows, &s - sums.data(),
                   &sum_ranges_);
+            if (s.values && s.single())
+                for (size_t i = made; i < sum_ranges_.size(); ++i)
+                    arrange(nullptr, &s, sum_ranges_[i], s.order.bands);
         }
         base_ = scratch.floats(floats);
         for (const Product& p : products) {
@@ -202,7 +228,7 @@ private:
         }
         for (size_t i = 0; i < sums.size(); ++i) {
             Sum& s = sums[i];
-            s.value_sums = half ? base_ + at[2 * i] : static_cast<float*>(s.values);
+            s.value_sums = at[2 * i] >= 0 ? base_ + at[2 * i] : static_cast<float*>(s.values);
             s.bias_sums = half ? base_ + at[2 * i + 1] : static_cast<float*>(s.bias);
         }
     }
@@ -217,7 +243,12 @@ private:
         const int64_t most = std::min(kRangeSums / panel_, round_up(wanted, 16));
         for (const Product& p : products) {
             const int64_t rows = std::max<int64_t>(1, most / p.b);
+            const size_t made = ranges_.size();
             split(p.rows, rows, &p - products.data(), &ranges_);
+            for (const Term& term : p.terms)
+                if (const Values& v = values[term.values]; v.single())
+                    for (size_t i = made; i < ranges_.size(); ++i)
+                        arrange(&v, nullptr, ranges_[i], v.order.bands);
             // unpack reads 16 rows more than there are
             range_floats_ = std::max(range_floats_, panel_ * (rows * p.b + 16) * kTile);
         }
@@ -228,6 +259,11 @@ private:
             ranges->push_back({of, first, std::min(count, first + step)});
     }
 
+    void arrange(const Values* values, const Sum* sum, const Range& rows, int32_t bands) {
+        for (int32_t band = 0; band < bands; ++band)
+            arrangements_.push_back({values, sum, rows.first, rows.last, band});
+    }
+
     template <typename Lane>
     void work(Team& team, int thread) {
         const auto count = [](const std::vector<Range>& ranges) {
@@ -236,6 +272,12 @@ private:
         team.each(count(writes_), [this](int64_t i) {
             const Range& r = writes_[i];
             for (int64_t b = r.first; b < r.last; ++b) values[r.of].write(b, base_);
+        });
+        team.each(static_cast<int64_t>(arrangements_.size()), [this](int64_t i) {
+            const Arrangement& a = arrangements_[i];
+            const Singles s = a.values ? a.values->singles(base_) : a.sum->singles();
+            s.arrange(a.band, a.first, a.last);
+            if (a.values) s.read(a.band, a.first, a.last, a.values->data, half);
         });
         const int64_t tiles = ceil_div(tokens, kTile);
         for (int64_t start = 0; start < tiles; start += tiles_) {
@@ -255,6 +297,10 @@ private:
             team.each(count(sum_ranges_),
                       [&](int64_t i) { sum_up<Lane>(part, sum_ranges_[i]); });
         }
+        team.each(static_cast<int64_t>(arrangements_.size()), [this](int64_t i) {
+            const Arrangement& a = arrangements_[i];
+            if (a.sum) a.sum->singles().write(a.band, a.first, a.last, a.sum->values, half);
+        });
         if (!half) return;
         team.each(count(sum_ranges_), [this](int64_t i) { narrow_sums(sum_ranges_[i]); });
     }
@@ -270,10 +316,13 @@ private:
         for (const Term& term : p.terms) {
             const Values& v = values[term.values];
             const Packing& x = packings[term.packing];
-            const Weights w{term.order,  base_ + v.at,
-                            p.rows,      p.b,
-                            static_cast<int32_t>(v.units()),
-                            {base_ + x.at + first * x.step(), x.step()}};
+            const Tiles<const float> in{base_ + x.at + first * x.step(), x.step()};
+            if (v.single()) {
+                add_single_rows(v.singles(base_), r.first, r.last, end - start, in, sums);
+                continue;
+            }
+            const Weights w{v.order, base_ + v.at, p.rows,
+                            p.b,     static_cast<int32_t>(v.units()), in};
             add_rows<Lane>(w, r.first, r.last, end - start, sums);
         }
         for (int64_t tile = 0; tile < tiles; ++tile)
@@ -294,7 +343,10 @@ private:
                 const Tiles<const float> right{base_ + x.at + tile * x.step(), x.step()};
                 const Gradient g{s.order, s.rows, s.b_out, s.b_in, left, right, tiles,
                                  s.value_sums, add};
-                add_gradient<Lane>(g, r.first, r.last);
+                if (s.single())
+                    single_gradient(s.singles(), r.first, r.last, tiles, left, right, add);
+                else
+                    add_gradient<Lane>(g, r.first, r.last);
             }
             if (s.bias)
                 sum_tokens<Lane>(left, tiles, r.first * s.b_out, r.last * s.b_out, add,
@@ -309,13 +361,14 @@ private:
             for (int64_t i = first; i < last; ++i) static_cast<uint16_t*>(to)[i] = narrow(from[i]);
         };
         const int64_t numbers = s.blocks * s.b_out * s.b_in;
-        if (s.values)
+        if (s.values && !s.single())
             round(s.value_sums, s.values, numbers * r.first / s.rows, numbers * r.last / s.rows);
         if (s.bias) round(s.bias_sums, s.bias, r.first * s.b_out, r.last * s.b_out);
     }
 
     int64_t tiles_ = 0;  // of a part
     int64_t panel_ = 1;  // tiles that are multiplied at once
+    std::vector<Arrangement> arrangements_;
     std::vector<Range> writes_, packs_, ranges_, sum_ranges_;
     int64_t range_floats_ = 0;
     std::vector<int64_t> held_;  // where each thread's sums are

@@ -5,7 +5,7 @@
 // Others are dot products along the tokens of tiles, sixteen at once.
 #pragma once
 
-#include "multiply.h"
+#include "singles.h"
 
 constexpr int kPanel = 16;  // features of a panel
 
