@@ -320,18 +320,7 @@ def cleanup_engine(engine: Any) -> None:
     Call it at the end of a test function (in `finally` where the pool should survive) and keep
     no reference to the engine, its optimizer or its module afterwards.
     """
-    import torch
-    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+    from sparse_gpt.train.engine import free_engine
 
-    engine.destroy()
-    # What ZeRO-3 leaves behind: it appends the model to a module-level list at every forward
-    # pass, and a cache on a method keeps its coordinator, hence the engine.
-    parameter_offload.FWD_MODULE_STACK.clear()
-    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
-    for method in vars(coordinator).values():
-        for cell in getattr(method, "__closure__", None) or ():  # within another decorator
-            if hasattr(cell.cell_contents, "cache_clear"):
-                cell.cell_contents.cache_clear()
-    # And it puts its own function in the place of torch's, for good.
-    torch.nn.functional.linear = torch._C._nn.linear
+    free_engine(engine)
     gc.collect()

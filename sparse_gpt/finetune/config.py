@@ -19,6 +19,8 @@ from sparse_gpt.config import (
     Section,
 )
 
+Rate = Annotated[float, Field(gt=0.0)]
+
 
 class FinetuneConfig(Section):
     """SPDF: sparse pretraining, then dense (or sparse) fine-tuning.
@@ -49,6 +51,8 @@ class FinetuneConfig(Section):
     dropout: Fraction | None = None  # default: the model's
     activation_checkpointing: bool = False
 
+    lr_grid: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = None
+    keep_checkpoints: Literal["best", "all"] = "best"
     optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
     schedule: ScheduleConfig = ScheduleConfig(warmup_fraction=0.1)
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
@@ -62,6 +66,14 @@ class FinetuneConfig(Section):
             raise ValueError("data: no corpus given; e.g. data: [{path: data/wikitext103}]")
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError("give exactly one of epochs, max_steps")
+        if self.lr_grid is not None:
+            given = "optimizer" in self.model_fields_set
+            if given and "lr" in self.optimizer.model_fields_set:
+                raise ValueError("optimizer.lr and lr_grid are both given; leave one of them out")
+            if len(set(self.lr_grid)) < len(self.lr_grid):
+                raise ValueError("lr_grid: a learning rate is given twice")
+        elif self.keep_checkpoints != "best":
+            raise ValueError("keep_checkpoints is about the runs of an lr_grid, and there is none")
         if self.mode == "dense" and (self.storage, self.kernel) != ("masked", "auto"):
             raise ValueError("storage and kernel are of sparse layers: set mode: sparse")
         if self.kernel == "semi_structured":
@@ -71,3 +83,7 @@ class FinetuneConfig(Section):
         if self.kernel == "masked" and self.storage != "masked":
             raise ValueError("kernel: masked needs storage: masked")
         return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir or Path("runs") / self.name

@@ -159,6 +159,27 @@ def start_engine(
     return engine, optimizer
 
 
+def free_engine(engine: Any) -> None:
+    """Free an engine, so that the next one of the process starts clean.
+
+    Keep no reference to the engine, its optimizer or its module afterwards.
+    """
+    from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+
+    engine.destroy()
+    # What ZeRO-3 leaves behind: it appends the model to a module-level list at every forward
+    # pass, and a cache on a method keeps its coordinator, hence the engine.
+    parameter_offload.FWD_MODULE_STACK.clear()
+    coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+    for method in vars(coordinator).values():
+        for cell in getattr(method, "__closure__", None) or ():  # within another decorator
+            if hasattr(cell.cell_contents, "cache_clear"):
+                cell.cell_contents.cache_clear()
+    # And it puts its own function in the place of torch's, for good.
+    native: Any = torch._C
+    torch.nn.functional.linear = native._nn.linear
+
+
 def _masters(engine: Any, optimizer: AdamW) -> list[torch.Tensor]:
     """The tensors the inner optimizer really steps."""
     stage = engine.zero_optimization_stage()

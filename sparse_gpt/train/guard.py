@@ -11,7 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparse_gpt.errors import UserError
 from sparse_gpt.topology.shards import Shards
+
+
+class Diverged(UserError):
+    """Too many steps in a row were not finite."""
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,14 @@ from sparse_gpt.train.drift import check_drift, conversion
 from sparse_gpt.train.engine import (
     build_model,
     deepspeed_config,
+    free_engine,
     init_ranks,
     resolve_precision,
     start_engine,
 )
 from sparse_gpt.train.evaluate import Evaluation, evaluate, to_device
 from sparse_gpt.train.first_rank import on_first_rank
-from sparse_gpt.train.guard import StepHealth, clip_gradients, inspect_step
+from sparse_gpt.train.guard import Diverged, StepHealth, clip_gradients, inspect_step
 from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
 from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.optim import learning_rate
@@ -215,7 +216,7 @@ class Trainer:
                 flops = self._account(step, health)
                 nonfinite = 0 if health.finite else nonfinite + 1
                 if nonfinite >= config.optimizer.max_nonfinite_steps:
-                    raise UserError(
+                    raise Diverged(
                         f"{nonfinite} steps in a row had a non-finite loss or gradient (last: step "
                         f"{step}, loss {health.loss}); the weights are those of step "
                         f"{step - nonfinite}. Lower optimizer.lr, or look at the data there"
@@ -437,7 +438,7 @@ class Trainer:
     def close(self) -> None:
         """Free the engine; the process group stays, for the next Trainer or the exit."""
         self.metrics.close()
-        self.engine.destroy()
+        free_engine(self.engine)
 
 
 def _sparsity(active: int, total: int) -> float:

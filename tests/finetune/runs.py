@@ -10,6 +10,7 @@ import torch
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.finetune import spdf
+from sparse_gpt.finetune import tune as tuning
 from sparse_gpt.finetune.spdf import finetune
 from sparse_gpt.hf.checkpoint import export_checkpoint
 from sparse_gpt.train.loop import Trainer
@@ -80,13 +81,24 @@ def tune(corpus: str, out: str, checkpoint: str, overrides: list[str]) -> dict[s
     with ExitStack() as stack:
         # The pool's process group must outlive the run.
         stack.enter_context(mock.patch.object(spdf.dist, "destroy_process_group"))
-        stack.enter_context(mock.patch.object(spdf, "Trainer", Watched))
+        stack.enter_context(mock.patch.object(tuning, "Trainer", Watched))
         try:
             results = finetune(_config(corpus, out, checkpoint), overrides)
         except UserError as problem:
             return {"error": str(problem), "started": "trainer" in seen}
     del seen["trainer"]
     return {"results": results, **seen}
+
+
+def results_of(
+    corpus: str, out: str, checkpoint: str, overrides: list[str]
+) -> dict[str, Any] | str:
+    """What `finetune` returned, at any number of ranks; the message of a `UserError`."""
+    with mock.patch.object(spdf.dist, "destroy_process_group"):
+        try:
+            return finetune(_config(corpus, out, checkpoint), overrides)
+        except UserError as problem:
+            return str(problem)
 
 
 def _config(corpus: str, out: str, checkpoint: str) -> Path:

@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.finetune.spdf import check_masks
+from sparse_gpt.finetune.source import check_masks
 from sparse_gpt.topology.masks import SavedLayer
 
 

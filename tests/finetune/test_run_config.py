@@ -2,7 +2,7 @@
 
 from sparse_gpt.config_file import validate
 from sparse_gpt.finetune.config import FinetuneConfig
-from sparse_gpt.finetune.spdf import run_config
+from sparse_gpt.finetune.run_config import run_config
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.sparse_units import solve
 from sparse_gpt.train.checkpoint_files import open_checkpoint

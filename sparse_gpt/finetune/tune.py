@@ -1,0 +1,93 @@
+"""One fine-tuning, at one learning rate."""
+
+import gc
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch.distributed as dist
+
+from sparse_gpt.finetune.config import FinetuneConfig
+from sparse_gpt.finetune.run_config import run_config, sequences_per_epoch
+from sparse_gpt.train.build import WeightSource
+from sparse_gpt.train.evaluate import Evaluation
+from sparse_gpt.train.every_rank import check_nodes
+from sparse_gpt.train.loop import Trainer
+
+
+def tune(config: FinetuneConfig, source: WeightSource, splits: Sequence[str]) -> dict[str, Any]:
+    """Fine-tune, or go on, to the end; returns what happened, with the loss over `splits`.
+
+    The weights evaluated are those of the best validation where `evaluation.patience` kept them,
+    else the last. A collective.
+    """
+    gc.collect()  # the engine of the learning rate before
+    run = run_config(config, source, dist.get_world_size())
+    check_nodes(run)
+    trainer = Trainer(run, source)
+    try:
+        return _tune(config, source, trainer, splits)
+    finally:
+        trainer.close()
+
+
+def _tune(
+    config: FinetuneConfig, source: WeightSource, trainer: Trainer, splits: Sequence[str]
+) -> dict[str, Any]:
+    state = replace(trainer.fit())  # loading the best checkpoint brings back its own state
+    best = trainer.checkpointer.newest("best")
+    if best is not None:
+        trainer.load(best)
+    weights = sum(layer.weights for layer in source.layers.values())
+    active = sum(layer.active_weights for layer in source.layers.values())
+    results: dict[str, Any] = {
+        "mode": config.mode,
+        "checkpoint": str(config.checkpoint),
+        "lr": config.optimizer.lr,
+        "seed": config.seed,
+        "steps": state.step,
+        "epochs": state.samples / sequences_per_epoch(config, trainer.config.seq_len),
+        "tokens": state.tokens,
+        "flops_spent": state.flops_spent,
+        "tested_step": trainer.state.step,
+        "stopped_early": state.finished,
+        "validation_loss": trainer.state.best_loss,
+        "optimizer": "fresh AdamW, zero moments",
+        "schedule": f"fresh {trainer.config.schedule.type}",
+        "sparse_layer_weights": weights,
+        "weights_outside_masks": weights - active,
+        "weights_outside_masks_train": config.mode == "dense",
+    }
+    for split in splits:
+        if all(split in data.splits for data, _ in trainer.data):
+            results[split] = describe(trainer, split)
+            say_result(trainer, config.mode, split, results[split])
+    return results
+
+
+def say_result(trainer: Trainer, mode: str, split: str, result: dict[str, Any]) -> None:
+    """One line on what a split came to."""
+    words = result["word_perplexity"]
+    trainer.metrics.say(
+        f"{split:<10} {mode} fine-tuning: loss {result['loss']:.4f}  perplexity "
+        f"{result['token_perplexity']:.2f} a token"
+        + (f", {words:,.1f} a word" if words is not None else "")
+    )
+
+
+def describe(trainer: Trainer, split: str) -> dict[str, Any]:
+    """Loss and perplexity a token and a (white-space) word of the source text, over a split."""
+    result: Evaluation = trainer.evaluate(split)
+    splits = [data.split(split) for data, _ in trainer.data]
+    tokens, words = sum(s.n_tokens for s in splits), [s.n_words for s in splits]
+    word_perplexity = None
+    if all(words):
+        ratio = tokens / sum(count or 0 for count in words)
+        word_perplexity = math.exp(min(result.loss * ratio, 700.0))
+    return {
+        "loss": result.loss,
+        "token_perplexity": result.perplexity,
+        "word_perplexity": word_perplexity,
+        "scored_tokens": result.tokens,
+    }
