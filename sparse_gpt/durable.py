@@ -17,10 +17,15 @@ def fsync_path(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write under a temporary name, flush, rename: a reader sees the old text or the new."""
+    """`write_bytes` of a text in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, body: bytes) -> None:
+    """Write under a temporary name, flush, rename: a reader sees the old file or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(temporary, "wb") as file:
+        file.write(body)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

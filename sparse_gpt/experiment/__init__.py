@@ -1,0 +1,1 @@
+"""Experiments: grids of runs under one FLOPs budget, resumable run by run."""

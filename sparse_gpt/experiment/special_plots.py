@@ -1,0 +1,193 @@
+"""Plots that only some experiments have: loss by shape beside its speed, and lr grids."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from sparse_gpt.errors import UserError
+from sparse_gpt.experiment.arms import MAIN, Arm, arms
+from sparse_gpt.experiment.drawing import Plot, colour, figure, label, styles
+from sparse_gpt.experiment.results import Record, Results
+from sparse_gpt.experiment.statistics import summarise
+from sparse_gpt.experiment.table import Cell, Table, cell
+from sparse_gpt.experiment.tables import spread_cell
+
+SPEEDS = Path(__file__).resolve().parents[2] / "docs/benchmarks/sparse_linear.json"
+FEWEST_SHAPES = 3  # from here on an experiment is one about shapes
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Time of a sparse layer over the fastest dense one of equal FLOPs (forward, dX, dW)."""
+
+    ratio: float
+    where: str
+
+
+def shape(record: Record) -> str | None:
+    """`1x1`, `16x16`, `2:8`, `2:8 transposable`; None of a dense model."""
+    if record.model is None or not record.model.sparsity_nominal:
+        return None
+    structure = record.section("sparsity").get("structure")
+    structure = structure if isinstance(structure, dict) else {}
+    if structure.get("type") == "block" and isinstance(structure.get("block"), list):
+        return "x".join(str(side) for side in structure["block"])
+    if structure.get("type") == "n_m":
+        turned = " transposable" if structure.get("transposable") else ""
+        return f"{structure.get('n')}:{structure.get('m')}{turned}"
+    return "1x1"
+
+
+def speeds(path: Path = SPEEDS) -> dict[tuple[str, float], Speed]:
+    """{(shape, sparsity): speed} of GPT-3 Small's MLP, fp32, one thread; empty without a file.
+
+    Raises `UserError` for a file that is no benchmark of sparse layers.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        benchmark: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        where = f"{benchmark['setting']['cpu']}, one thread, fp32"
+        return {
+            (row["block"], row["sparsity"]): Speed(float(row["ratio"]), where)
+            for row in benchmark["rows"]
+            if (row["shape"], row["dtype"], row["threads"]) == ("small", "fp32", 1)
+            and row["kernel"] == "block_cpu"
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a result of benchmarks/sparse_linear.py ({error!r})"
+        ) from None
+
+
+def shaped_arms(results: Results) -> list[Arm]:
+    """The sparse arms of an experiment about shapes; none of any other experiment."""
+    trained = [arm for arm in arms(results, "pretrain") if arm.group == MAIN]
+    sparse = [arm for arm in trained if shape(arm.any) is not None]
+    return sparse if len({shape(arm.any) for arm in sparse}) >= FEWEST_SHAPES else []
+
+
+def shape_table(results: Results, path: Path = SPEEDS) -> Table | None:
+    """Loss by shape, the speed of the shape beside it."""
+    chosen = shaped_arms(results)
+    if not chosen:
+        return None
+    known = speeds(path)
+    rows = []
+    for arm in chosen:
+        kind, sparsity = shape(arm.any), arm.any.model.sparsity_nominal if arm.any.model else 0.0
+        speed = known.get((kind or "", sparsity))
+        rows.append(
+            [
+                Cell(arm.label),
+                Cell(kind or "-"),
+                cell(sparsity, "{:.0%}"),
+                spread_cell(arm.loss("val")),
+                spread_cell(arm.loss("test")),
+                cell(speed.ratio if speed else None, "{:.2f}"),
+            ]
+        )
+    where = next(iter(known.values())).where if known else None
+    notes = [
+        "Time: forward, dX and dW of GPT-3 Small's MLP over the fastest dense layer of equal FLOPs "
+        f"(docs/benchmarks/sparse_linear.json; {where}); - where it was not measured."
+        if where
+        else "No benchmark of sparse layers was found: no times."
+    ]
+    header = ["arm", "shape", "sparsity", "val loss", "test loss", "time over dense"]
+    return Table("Loss and speed by shape", header, rows, frozenset({2, 3, 4, 5}), notes)
+
+
+def special_plots(results: Results, path: Path = SPEEDS) -> list[Plot]:
+    """Loss by shape where arms have several shapes; lr grids where models were fine-tuned."""
+    plots = []
+    chosen = [arm for arm in shaped_arms(results) if arm.loss("test") or arm.loss("val")]
+    if chosen:
+        plots.append(
+            Plot(
+                "shapes",
+                "Loss by shape, and how fast the shape is",
+                "Loss of each shape with the standard deviation over seeds, beside the time of a "
+                "layer of that shape over the fastest dense layer.",
+                lambda: shapes(chosen, speeds(path)),
+            )
+        )
+    tuned = [arm for arm in arms(results, "finetune") if grid(arm)]
+    if tuned:
+        plots.append(
+            Plot(
+                "lr_grid",
+                "Learning rates of fine-tuning",
+                "Validation loss over the learning rate, one line a fine-tuned arm; small marks "
+                "are seeds.",
+                lambda: lr_grid(tuned),
+            )
+        )
+    return plots
+
+
+def shapes(chosen: Sequence[Arm], known: dict[tuple[str, float], Speed]) -> Figure:
+    """Two panels with one line a shape: loss, and time."""
+    split = "test" if all(arm.losses("test") for arm in chosen) else "val"
+    made = figure(9.5, 1.5 + 0.4 * len(chosen))
+    left, right = made.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    blue, orange = "#0072B2", "#D55E00"
+    for place, arm in enumerate(chosen):
+        losses = list(arm.losses(split).values())
+        left.scatter(losses, [place + 0.18] * len(losses), s=9, color=blue, alpha=0.5, lw=0)
+        summary = arm.loss(split)
+        if summary is not None:
+            left.errorbar(
+                [summary.mean], [place], xerr=[summary.sd] if summary.sd is not None else None,
+                fmt="o", color=blue, markersize=6, capsize=2,
+            )  # fmt: skip
+        sparsity = arm.any.model.sparsity_nominal if arm.any.model else 0.0
+        speed = known.get((shape(arm.any) or "", sparsity))
+        if speed:
+            right.barh([place], [speed.ratio], color=orange, height=0.55)
+            right.text(speed.ratio, place, f" {speed.ratio:.2f}", va="center", fontsize="small")
+        else:
+            right.text(0.05, place, "not measured", va="center", fontsize="small", alpha=0.7)
+    left.set_yticks(range(len(chosen)), [label(arm.label) for arm in chosen], fontsize="small")
+    left.set_ylim(len(chosen) - 0.4, -0.6)
+    name = {"test": "test", "val": "validation"}[split]
+    left.set_xlabel(f"{name} loss (nats a token), ± sd over seeds")
+    right.axvline(1, color=colour(styles([""])[""]), lw=0.9)
+    right.set_xlim(0, max([speed.ratio for speed in known.values()], default=1) * 1.15)
+    right.set_xlabel("time over dense (CPU, layers of equal FLOPs)")
+    return made
+
+
+def grid(arm: Arm) -> dict[float, list[float]]:
+    """{lr: validation losses of the seeds} of a fine-tuned arm, sorted; finite ones alone."""
+    found: dict[float, list[float]] = {}
+    for run in arm.runs.values():
+        for rate, loss in (run.finetune.lr_grid if run.finetune else {}).items():
+            if loss is not None and math.isfinite(loss):
+                found.setdefault(float(rate), []).append(loss)
+    return dict(sorted(found.items()))
+
+
+def lr_grid(tuned: Sequence[Arm]) -> Figure:
+    """Validation loss over the learning rate."""
+    made = figure(9, 5)
+    axes = made.subplots()
+    style = styles([arm.title for arm in tuned])
+    for arm in tuned:
+        points = grid(arm)
+        own = style[arm.title]
+        means = [summarise(losses).mean for losses in points.values()]
+        axes.plot(
+            list(points), means, own.line, color=colour(own), marker=own.marker, markersize=5,
+            label=label(arm.title),
+        )  # fmt: skip
+        for rate, losses in points.items():
+            axes.scatter([rate] * len(losses), losses, s=9, color=colour(own), alpha=0.5, lw=0)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)")
+    made.legend(loc="outside right upper", fontsize="small")
+    return made
