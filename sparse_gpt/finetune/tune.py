@@ -39,8 +39,10 @@ def _tune(
     best = trainer.checkpointer.newest("best")
     if best is not None:
         trainer.load(best)
-    weights = sum(layer.weights for layer in source.layers.values())
-    active = sum(layer.active_weights for layer in source.layers.values())
+    layers = source.layers.values()
+    weights = sum(layer.weights for layer in layers)
+    active = sum(layer.active_weights for layer in layers)
+    never = [layer.never_active_weights for layer in layers]
     results: dict[str, Any] = {
         "mode": config.mode,
         "checkpoint": str(config.checkpoint),
@@ -57,6 +59,8 @@ def _tune(
         "schedule": f"fresh {trainer.config.schedule.type}",
         "sparse_layer_weights": weights,
         "weights_outside_masks": weights - active,
+        # Outside every mask that pretraining had; None where the checkpoint does not say.
+        "weights_never_active": None if None in never else sum(map(int, filter(None, never))),
         "weights_outside_masks_train": config.mode == "dense",
     }
     for split in splits:

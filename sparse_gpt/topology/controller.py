@@ -29,6 +29,7 @@ from sparse_gpt.model.linear import SparseLinear
 from sparse_gpt.ops import BlockLayout, Pattern
 from sparse_gpt.topology import agreement
 from sparse_gpt.topology.bits import Bits, chunks
+from sparse_gpt.topology.ever_active import EverActive
 from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.methods import Method, Sets
 from sparse_gpt.topology.scorer import Scorer
@@ -106,6 +107,7 @@ class TopologyController:
         self.whole_model, self.replaces_step = whole_model, hold_step
         self.show_patterns = show_patterns or method.stores_all
         self.masks: dict[str, LayerMask] = {}
+        self.ever = EverActive()
         self._scorer = self._make_scorer()
         self.trained: dict[str, LayerMask] = {}  # B, where it is neither A nor everything
         self._batches = [[n for n in batch if n in layers] for batch in shards.batches()]
@@ -169,6 +171,7 @@ class TopologyController:
             _check_none_is_empty(sizes)
             self.targets = sizes if final and not self.whole_model else self.targets
         self._install(names, sets)
+        self.ever.add(names, self.masks)
 
     def read(self, saved: SavedMasks, trained: bool = False) -> dict[str, Bits]:
         """What this rank holds of saved masks, A or B. Changes nothing; no collective."""
@@ -198,6 +201,7 @@ class TopologyController:
         """
         names = list(self.layers)
         self.masks = {name: self._empty_mask(name) for name in names}
+        self.ever = EverActive()
         totals = [self.masks[name].units for name in names]
 
         def units(read: dict[str, Bits], counts: dict[str, int]) -> UnitSet:
@@ -209,6 +213,7 @@ class TopologyController:
             backward = ~nothing if trained is None else units(*trained)
         forward = units(read, counts)
         self._install(names, Sets(forward, backward))
+        self.ever.add(names, self.masks)
         wrong = agreement.wrong_counts(self._all_masks(), self.shards)
         if wrong:
             raise UserError(f"the saved mask of {wrong[0]}")
@@ -395,6 +400,7 @@ class TopologyController:
             )
         sets = Sets(now, new.sets.trained)
         self._install(names, sets, old, self.method.resets_moments(step))
+        self.ever.add(names, self.masks)
         if self.on_grown is not None:
             for i, name in enumerate(names):
                 self.on_grown(name, now.parts[i] - active.parts[i], self.masks[name])

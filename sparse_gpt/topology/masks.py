@@ -123,6 +123,7 @@ class SavedLayer:
     `trained`: blocks in B where that is a set of its own. `stores_all`: whether weights outside
     A have values. `alpha`: Powerpropagation's, 1 without. `target`: active blocks when its
     method is done; None where that is not known. `compact`: stored as values of its active blocks.
+    `ever_active`: blocks that were active at any time of the run; None where that is not known.
     """
 
     grid: tuple[int, int]
@@ -133,6 +134,7 @@ class SavedLayer:
     alpha: float = 1.0
     target: int | None = None
     compact: bool = False
+    ever_active: int | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -146,3 +148,10 @@ class SavedLayer:
     @property
     def active_weights(self) -> int:
         return self.active * self.block[0] * self.block[1]
+
+    @property
+    def never_active_weights(self) -> int | None:
+        """Weights outside every forward set A of the run; None where that is not known."""
+        if self.ever_active is None:
+            return None
+        return self.weights - self.ever_active * self.block[0] * self.block[1]

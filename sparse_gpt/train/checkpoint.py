@@ -20,6 +20,7 @@ from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.manifest import FORMAT, write_manifest
 from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
+from sparse_gpt.train.past_masks import load_past, past_masks
 from sparse_gpt.train.young_weights import YoungWeights
 
 
@@ -52,8 +53,9 @@ class Checkpointer:
         temporary = self.folder / f"{name}.tmp"
         self._on_first(lambda: self._prepare(temporary))
         error, written = "", {}
+        ever = self.controller.ever.counts(self.controller.masks, self.shards)
         try:
-            written = self._write(temporary)
+            written = self._write(temporary, ever)
         except Exception as problem:  # every rank must learn of it before anyone raises
             error = f"rank {self.rank}: {problem}"
         reports: list[Any] = [None] * self.world_size
@@ -65,7 +67,10 @@ class Checkpointer:
         entries = {key: entry for report in reports for key, entry in report[1].items()}
         final = self.folder / name
         digest = self.controller.digest()
-        self._on_first(lambda: self._publish(temporary, final, step, state, entries, digest))
+        layers = _layer_entries(self.controller, ever)
+        self._on_first(
+            lambda: self._publish(temporary, final, step, state, entries, digest, layers)
+        )
         return final
 
     def _on_first(self, action: Callable[[], None]) -> None:
@@ -94,13 +99,13 @@ class Checkpointer:
         temporary.mkdir()
 
     def bytes_needed(self) -> int:
-        """Bytes of one checkpoint, all ranks: 12 a parameter, a bit a unit, 4 a slot, headers."""
+        """Bytes of one checkpoint, all ranks: 12 a parameter, 2 bits a unit, 4 a slot, headers."""
         weights = sum(int(np.prod(self.shards.shape(name))) for name in self.shards.parameters)
         bits = sum(mask.units for mask in self.controller.masks.values())
         slots = sum(layout.count for layout in self.controller.layouts.values())
-        return 12 * weights + bits // 8 + 4 * slots + (1 << 20)
+        return 12 * weights + bits // 4 + 4 * slots + (1 << 20)
 
-    def _write(self, folder: Path) -> dict[str, dict[str, Any]]:
+    def _write(self, folder: Path, ever: dict[str, int]) -> dict[str, dict[str, Any]]:
         written = {}
         mine = list(self._owned())
         for kind in files.KINDS:
@@ -108,7 +113,8 @@ class Checkpointer:
             ranges = {name: (start, tensors[name].size) for name, start, _ in mine}
             file = f"{kind}-{self.rank:05d}.safetensors"
             written[file] = files.write_tensors(folder / file, tensors, ranges)
-        topology = {"topology": self.controller.masks, "trained": self.controller.trained}
+        masks, past = self.controller.masks, past_masks(self.controller, ever)
+        topology = {"topology": masks, "trained": self.controller.trained, "ever": past}
         for kind, masks in topology.items():
             bits, ranges = {}, {}
             for index, (name, mask) in enumerate(masks.items()):
@@ -148,6 +154,7 @@ class Checkpointer:
         state: dict[str, Any],
         entries: dict[str, Any],
         digest: str,
+        layers: dict[str, dict[str, Any]],
     ) -> None:
         manifest = {
             "format": FORMAT,
@@ -157,7 +164,7 @@ class Checkpointer:
             "world_size": self.world_size,
             "gpt_config": dataclasses.asdict(self.gpt_config),
             "parameters": {name: self.shards.shape(name) for name in self.shards.parameters},
-            "layers": _layer_entries(self.controller),
+            "layers": layers,
             "topology_digest": digest,
             "files": entries,
             **self.identity,
@@ -223,6 +230,7 @@ class Checkpointer:
             raise UserError(f"broken checkpoint {path}: {error}") from None
         if self.controller.digest() != reader.manifest["topology_digest"]:
             raise UserError(f"broken checkpoint {path}: the topology's digest is wrong")
+        load_past(self.controller, reader)
         with torch.no_grad():
             on_every_rank(lambda: self._read_slots(reader), f"checkpoint {path}")
             on_every_rank(lambda: self._copy_fragments(reader), f"checkpoint {path}")
@@ -267,7 +275,7 @@ class Checkpointer:
 
     def _check_layers(self, path: Path, saved: dict[str, Any]) -> None:
         """Refuse a topology of other layers, blocks or final counts than this run's."""
-        mine = _layer_entries(self.controller)
+        mine = _layer_entries(self.controller, {})
         for entries in (saved, mine):  # how many are active now depends on the step
             entries.update({name: _what_stays(entry) for name, entry in entries.items()})
         differing = [
@@ -301,7 +309,9 @@ class Checkpointer:
         return reader
 
 
-def _layer_entries(controller: TopologyController) -> dict[str, dict[str, Any]]:
+def _layer_entries(
+    controller: TopologyController, ever: dict[str, int]
+) -> dict[str, dict[str, Any]]:
     entries = {}
     for name, mask in controller.masks.items():
         entries[name] = {
@@ -312,6 +322,7 @@ def _layer_entries(controller: TopologyController) -> dict[str, dict[str, Any]]:
             "stores_all": controller.method.stores_all,
             "alpha": controller.layers[name].alpha,
             "storage": "compact" if name in controller.layouts else "masked",
+            "ever_active": ever.get(name),
         }
         if name in controller.trained:
             entries[name]["trained"] = controller.trained[name].active

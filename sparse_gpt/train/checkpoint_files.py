@@ -7,6 +7,7 @@
       topology-00000.safetensors        rank 0's share of every mask, as bits
       slots-00000.safetensors           of compact storage: which block lies in which slot, int32
       trained-00000.safetensors         of the trained sets, where a method keeps them apart
+      ever-00000.safetensors            which units were active at any time, where not all still are
       young-00000.safetensors           weights that grew lately (`optimizer.growth: smet`)
       rng-00000.safetensors             rank 0's generator states
 
@@ -248,6 +249,7 @@ class CheckpointReader:
                 entry.get("alpha", 1.0),
                 entry.get("target"),
                 entry.get("storage") == "compact",
+                entry.get("ever_active"),
             )
             for name, entry in self.manifest["layers"].items()
         }
@@ -267,8 +269,20 @@ class CheckpointReader:
 
     def mask(self, name: str, start: int, count: int, trained: bool = False) -> Tensor:
         """bool `[count]`: units `start .. start + count - 1` of a sparse layer's A, or its B."""
+        return self._flags("trained" if trained else "topology", name, start, count)
+
+    def ever_active(self, name: str, start: int, count: int) -> Tensor:
+        """bool `[count]`: whether units `start .. start + count - 1` were active at any time.
+
+        For layers whose `ever_active` is known.
+        """
+        layer = self.layers[name]
+        kind = "topology" if layer.ever_active == layer.active else "ever"
+        return self._flags(kind, name, start, count)
+
+    def _flags(self, kind: str, name: str, start: int, count: int) -> Tensor:
         pieces, position = [], start
-        for first, many, file in self._locate("trained" if trained else "topology").get(name, []):
+        for first, many, file in self._locate(kind).get(name, []):
             end = min(first + many, start + count)
             if first > position or end <= position:
                 continue

@@ -37,7 +37,8 @@ class LayerEntry(_Strict):
 
     `target`: active blocks when the method is done; `trained`: those in the trained set where it
     is kept apart; `stores_all`: whether inactive weights have values; `alpha`: Powerpropagation's;
-    `storage`: whether the parameter is the whole weight, or its active blocks by slot.
+    `storage`: whether the parameter is the whole weight, or its active blocks by slot;
+    `ever_active`: blocks that were active at any time.
     """
 
     grid: tuple[Count, Count]
@@ -48,6 +49,7 @@ class LayerEntry(_Strict):
     stores_all: bool = False
     alpha: Annotated[float, Field(ge=1.0)] = 1.0
     storage: Literal["masked", "compact"] = "masked"
+    ever_active: Count | None = None
 
 
 class Manifest(_Strict):

@@ -63,6 +63,11 @@ def test_dense_trains_the_weights_outside_the_masks(pretrained, dense):
     assert dense["results"]["mode"] == "dense"
     assert dense["results"]["weights_outside_masks"] == outside > 0
     assert dense["results"]["weights_outside_masks_train"] is True
+    layers = open_checkpoint(pretrained.run).layers.items()
+    never = sum(int((~open_checkpoint(pretrained.run).ever_active(name, 0, layer.weights)).sum())
+                for name, layer in layers)  # fmt: skip
+    assert dense["results"]["weights_never_active"] == never
+    assert 0 < never < outside
 
 
 def test_sparse_keeps_the_masks(corpus, pretrained, tmp_path):
