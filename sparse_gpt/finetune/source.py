@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf import ImportedWeights
-from sparse_gpt.topology.masks import SavedLayer
+from sparse_gpt.topology.masks import SavedLayer, unfinished
 from sparse_gpt.train.build import WeightSource
 from sparse_gpt.train.checkpoint_files import open_checkpoint
 
@@ -21,11 +21,8 @@ def check_masks(checkpoint: str, layers: Sequence[SavedLayer]) -> None:
     """Refuse weights without masks to keep, or with those of a sparsity yet to be reached."""
     if not layers:
         raise UserError(f"mode: sparse, but {checkpoint} has no masks to keep; set mode: dense")
-    active = sum(layer.active for layer in layers)
-    target = sum(layer.active if layer.target is None else layer.target for layer in layers)
-    if active != target:
+    problem = unfinished(layers)
+    if problem:
         raise UserError(
-            f"mode: sparse, but {checkpoint} was saved before its method reached its sparsity "
-            f"({active:,} active blocks, {target:,} at the end); train it to the end, or set "
-            "mode: dense"
+            f"mode: sparse, but {checkpoint} was {problem}; train it to the end, or set mode: dense"
         )

@@ -1,5 +1,6 @@
 """SPDF: fine-tune a sparsely pretrained model, densely or with its masks (Sparse-IFT, App. E)."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.finetune.grid import tune_grid
 from sparse_gpt.finetune.source import check_masks, open_source
 from sparse_gpt.finetune.tune import tune
+from sparse_gpt.topology.masks import unfinished
 from sparse_gpt.train.build import WeightSource
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
+
+log = logging.getLogger(__name__)
 
 
 def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -32,6 +36,8 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     source, run_dir = opened[0], config.run_dir
     if config.mode == "sparse":
         check_masks(str(config.checkpoint), list(source.layers.values()))
+    elif problem := unfinished(source.layers.values()):
+        log.warning("checkpoint %s was %s", config.checkpoint, problem)
     if dist.get_rank() == 0:
         print(dump_yaml(config).rstrip(), flush=True)
     if config.lr_grid is None:

@@ -11,6 +11,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.hf.export import export_folder
 from sparse_gpt.hf.layout import is_gpt2
 from sparse_gpt.ops import Pattern
+from sparse_gpt.topology.masks import unfinished
 from sparse_gpt.train.checkpoint_files import CheckpointReader, open_checkpoint
 
 
@@ -26,6 +27,7 @@ class Exported:
     bytes: int
     has_tokenizer: bool
     stock: bool  # a GPT-2 folder, not one of our own model class
+    unfinished: str = ""  # why its masks are not those its method ends with
 
     def summary(self) -> str:
         """One line a fact."""
@@ -36,6 +38,7 @@ class Exported:
             f"sparsity of the sparse layers {self.sparsity:.6f}\n"
             f"  {self.bytes:,} bytes"
             + ("" if self.stock else "; it loads once sparse_gpt.hf.model is imported")
+            + (f"\n  warning: this checkpoint was {self.unfinished}" if self.unfinished else "")
         )
 
 
@@ -70,6 +73,7 @@ def export_checkpoint(
         bytes=0,
         has_tokenizer=reader.tokenizer_path is not None,
         stock=is_gpt2(reader.gpt_config),
+        unfinished=unfinished(reader.layers.values()),
     )
     size = export_folder(
         parameter,

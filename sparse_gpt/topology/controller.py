@@ -40,6 +40,14 @@ from sparse_gpt.topology.units import Units, UnitSet
 log = logging.getLogger(__name__)
 
 
+Together = Callable[[Callable[[], object]], None]
+
+
+def call(action: Callable[[], object]) -> None:
+    """`Together` of one rank alone."""
+    action()
+
+
 @dataclass(frozen=True)
 class UpdateReport:
     """One topology update: active units, how many were dropped, and how many of those stayed out.
@@ -85,7 +93,8 @@ class TopologyController:
     layers. `global_start`: the first active units are the largest of the whole model, and every
     layer's number is what falls to it. `hold_step`: whether an update replaces the optimizer step
     (RigL as published) or follows it. `show_patterns`: whether the layers' kernels need to see the
-    pattern; a dense product over zeros does not.
+    pattern; a dense product over zeros does not. `together`: runs an action on every rank, and
+    raises everywhere what it raised on one.
     """
 
     def __init__(
@@ -101,6 +110,7 @@ class TopologyController:
         global_start: bool = False,
         hold_step: bool = False,
         show_patterns: bool = False,
+        together: Together = call,
     ) -> None:
         self.layers, self.structure, self.method = layers, structure, method
         self.targets, self.seed, self.shards = units, seed, shards
@@ -121,7 +131,9 @@ class TopologyController:
         if saved is None:
             self._draw(global_start)
         else:
-            self.load(self.read(saved), units)
+            read: dict[str, Bits] = {}
+            together(lambda: read.update(self.read(saved)))
+            self.load(read, units)
 
     @property
     def layouts(self) -> dict[str, BlockLayout]:

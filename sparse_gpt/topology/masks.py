@@ -4,7 +4,7 @@ Unstructured masks are sharded like the weights they belong to: a rank holds the
 fragment. Masks of blocks are a bit a block, and every rank holds all of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -155,3 +155,19 @@ class SavedLayer:
         if self.ever_active is None:
             return None
         return self.weights - self.ever_active * self.block[0] * self.block[1]
+
+
+def unfinished(layers: Iterable[SavedLayer]) -> str:
+    """Why masks are not those their method ends with, in words; empty where they are.
+
+    Dense phases of AC/DC, and the pruning of GMP and GraNet, save more than the final sparsity.
+    """
+    saved = [layer for layer in layers if layer.target is not None]
+    active = sum(layer.active for layer in saved)
+    target = sum(layer.target or 0 for layer in saved)
+    if active == target:
+        return ""
+    return (
+        f"saved before its method reached its sparsity ({active:,} active blocks, {target:,} at "
+        "the end)"
+    )

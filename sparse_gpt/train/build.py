@@ -25,7 +25,7 @@ from sparse_gpt.run_method import method_of
 from sparse_gpt.sparse_units import Solution
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.compact import CompactController, DrawnMasks
-from sparse_gpt.topology.controller import SavedMasks, TopologyController
+from sparse_gpt.topology.controller import SavedMasks, Together, TopologyController
 from sparse_gpt.topology.masks import LayerMask, SavedLayer
 from sparse_gpt.topology.scorer import UnitMaker
 from sparse_gpt.topology.shards import Shards
@@ -139,11 +139,12 @@ def initial_units(solution: Solution, source: WeightSource | None) -> dict[str, 
 
 
 def initialiser(
-    config: RunConfig, source: WeightSource | None, sparse: Iterable[str]
+    config: RunConfig, source: WeightSource | None, sparse: Iterable[str], together: Together
 ) -> Callable[[GPT, Callable[[Any], AbstractContextManager[object]] | None], None]:
     """A function that fills a model's parameters; masks come later, where they are sharded.
 
-    `sparse`: weights of sparse layers, which Powerpropagation's parameters are powers of.
+    `sparse`: weights of sparse layers, which Powerpropagation's parameters are powers of. The
+    source is read by every rank, `together`.
     """
     alpha = config.sparsity.powerpropagation
 
@@ -157,8 +158,10 @@ def initialiser(
             for name, parameter in model.named_parameters():
                 layer = layers.get(name)
                 layout = None if layer is None else layer.layout
+                read: list[Tensor] = []
+                together(lambda name=name, read=read: read.append(source.parameter(name)))
                 with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
-                    weight = source.parameter(name)
+                    weight = read[0]
                     parameter.copy_(weight if layout is None else layout.gather(weight))
         if alpha != 1.0:
             for name in sparse:
@@ -248,6 +251,7 @@ def controller_of(
     shards: Shards,
     saved: SavedMasks | None,
     world_size: int,
+    together: Together,
 ) -> TopologyController:
     """The topology of a run, at its start: the method's own, or `saved`. A collective."""
     sparsity = config.sparsity
@@ -258,6 +262,7 @@ def controller_of(
         return CompactController(
             *common,
             hold_step=holds,
+            together=together,
             growth_score=sparsity.growth_score,
             micro_steps=config.accumulation(world_size),
         )
@@ -266,6 +271,7 @@ def controller_of(
         whole_model=sparsity.update.scope == "model",
         global_start=sparsity.distribution == "global",
         hold_step=holds,
+        together=together,
         # The masked kernel is a dense product: weights outside the mask are zero already.
         show_patterns=sparsity.kernel not in ("auto", "masked"),
     )

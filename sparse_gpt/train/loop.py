@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.flops import FlopsLedger
+from sparse_gpt.ops import BlockLayout
 from sparse_gpt.sparse_units import scoring_cost, solve
 from sparse_gpt.topology.controller import SavedMasks, UpdateReport
 from sparse_gpt.topology.shards import shards_of
@@ -33,6 +34,7 @@ from sparse_gpt.train.engine import (
     start_engine,
 )
 from sparse_gpt.train.evaluate import Evaluation, evaluate, to_device
+from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import Diverged, StepHealth, clip_gradients, inspect_step
 from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
@@ -124,10 +126,10 @@ class Trainer:
             units = counts or units
         ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
         drawn = build.first_topology(config, self.solution, units, source, self.world_size)
-        layouts = build.layouts_of(config, self.solution, units, drawn)
-        model = build_model(
-            config, self.gpt_config, ds_config, build.initialiser(config, source, units), layouts
-        )
+        layouts: dict[str, BlockLayout] = {}
+        _together(lambda: layouts.update(build.layouts_of(config, self.solution, units, drawn)))
+        initialise = build.initialiser(config, source, units, _together)
+        model = build_model(config, self.gpt_config, ds_config, initialise, layouts)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         layers = build.sparse_layers(model, units, config, self.device, dtype)
         torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
@@ -142,7 +144,7 @@ class Trainer:
             saved = finder.find(self.engine, self.optimizer, self.shards)
             units = saved.units
         self.controller = build.controller_of(
-            config, layers, units, self.shards, saved, self.world_size
+            config, layers, units, self.shards, saved, self.world_size, _together
         )
         self.shards.push_masters()
         if config.optimizer.growth == "smet":
@@ -439,6 +441,10 @@ class Trainer:
         """Free the engine; the process group stays, for the next Trainer or the exit."""
         self.metrics.close()
         free_engine(self.engine)
+
+
+def _together(action: Callable[[], object]) -> None:
+    on_every_rank(action, "the weights to start from")
 
 
 def _sparsity(active: int, total: int) -> float:

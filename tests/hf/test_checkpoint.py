@@ -19,6 +19,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.hf import import_folder
 from sparse_gpt.hf.checkpoint import check_zeros, export_checkpoint
 from sparse_gpt.ops import Pattern
+from sparse_gpt.train.manifest import write_manifest
 from tests.data.fixtures import AWKWARD
 from tests.hf.checkpoints import sparse_model, write_run, write_tokenizer
 from tests.tiny import document
@@ -61,6 +62,17 @@ def test_weights_and_facts(run, tmp_path):
     assert layer == {"shape": [40, 16], "block": [4, 2], "active": 8 * int(pattern.active.sum())}
     assert facts["config"] == {"name": "fixture"}
     assert result.bytes == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+
+
+def test_a_dense_phase_is_exported_with_a_warning(run, tmp_path):
+    assert "warning" not in export_checkpoint(run, tmp_path / "out").summary()
+    step = run / "checkpoints/step-00000012"
+    manifest = json.loads((step / "manifest.json").read_text())
+    for entry in manifest["layers"].values():
+        entry["target"] = entry["active"] // 2
+    write_manifest(step, manifest)
+    summary = export_checkpoint(run, tmp_path / "dense").summary()
+    assert "warning: this checkpoint was saved before its method reached its sparsity" in summary
 
 
 def test_a_step_folder_and_a_newer_step(tmp_path):
