@@ -5,7 +5,7 @@
 #   PYTEST_ARGS='-k ranks'   options for pytest
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check bench clean
+.PHONY: help venv demo test test-all test-faults check bench clean
 
 # deepspeed looks for its tools on PATH, and a bare .venv/bin/python does not put them there.
 IN_VENV := export PATH="$(CURDIR)/.venv/bin:$$PATH" &&
@@ -15,6 +15,7 @@ help:
 	@echo 'make demo      train, resume, export, evaluate and fine-tune a small model'
 	@echo 'make test      the tests, without network'
 	@echo 'make test-all  the slow ones too'
+	@echo 'make test-faults  runs that meet faults'
 	@echo 'make check     ruff (lint and format) and pyright'
 	@echo 'make bench     the benchmarks'
 	@echo 'make venv      .venv with everything installed; the targets above do it by themselves'
@@ -32,6 +33,9 @@ test: venv
 
 test-all: venv
 	@$(IN_VENV) $(PYTEST) $(PYTEST_ARGS)
+
+test-faults: venv
+	@$(IN_VENV) $(PYTEST) tests/crash $(PYTEST_ARGS)
 
 check: venv
 	@$(IN_VENV) ruff check . && ruff format --check . && pyright

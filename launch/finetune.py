@@ -7,9 +7,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_gpt.errors import run_main
+from sparse_gpt.train.signals import listen
 
 
 def main() -> int:
+    listen()  # before the slow imports
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config", help="a YAML file, e.g. configs/finetune/wikitext103_dense.yaml")
     parser.add_argument("overrides", nargs="*", help="key=value, e.g. mode=sparse")

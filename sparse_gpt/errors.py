@@ -1,21 +1,33 @@
-"""The one exception that is meant for the user rather than for the programmer."""
+"""Exceptions that are meant for the user rather than for the programmer, and their exit codes."""
 
 import os
 import sys
 from collections.abc import Callable
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again
 
 
 class UserError(ValueError):
     """Bad input: the message says what was wrong, where, and which key or flag to change."""
 
 
+class Stopped(Exception):
+    """A run that was asked to stop, and is saved; every rank raises it after the same step."""
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; a `UserError` becomes one line on stderr and exit code 2."""
+    """Run an entry point; exit code 2 after a `UserError`, 75 after `Stopped`.
+
+    A `UserError` is one line on stderr.
+    """
     try:
         code = main()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
-        code = 2
+        code = EXIT_USER_ERROR
+    except Stopped:
+        code = EXIT_STOPPED
     raise SystemExit(code or 0)

@@ -1,9 +1,10 @@
 """Sections of training: data, optimizer, schedule, DeepSpeed, checkpoints, logs."""
 
+from datetime import date, datetime
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from sparse_gpt.config.section import Fraction, Positive, Section
 
@@ -90,12 +91,37 @@ class DeepSpeedConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """`resume: auto` goes on from the newest checkpoint, `required` insists, `never` starts new."""
+    """`resume: auto` goes on from the newest checkpoint, `required` insists, `never` starts new.
+
+    `deadline`: stop and save before it: minutes from the start, an ISO time (local where it has no
+    offset), or `slurm`: the end of the job's time. `deadline_margin`: minutes kept for the last
+    step, its validation and the save.
+    """
 
     every: Positive | None = None  # steps; none = at the end only
     keep_last: Positive = 2
     resume: Literal["auto", "required", "never"] = "auto"
     allow_changed: tuple[str, ...] = ()  # config keys that may differ from the saved run's
+    deadline: Annotated[float, Field(gt=0.0)] | str | None = None
+    deadline_margin: Annotated[float, Field(ge=0.0)] = 2.0
+
+    @field_validator("deadline", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return value.isoformat() if isinstance(value, date) else value  # YAML knows times
+
+    @field_validator("deadline")
+    @classmethod
+    def _check_time(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, str) and value != "slurm":
+            try:
+                datetime.fromisoformat(value)
+            except ValueError:
+                raise ValueError(
+                    f"{value!r} is neither minutes nor slurm, nor an ISO time such as "
+                    "2026-05-01T18:00+02:00"
+                ) from None
+        return value
 
 
 class EvaluationConfig(Section):

@@ -1,10 +1,10 @@
-"""Norm, clipping and the check for non-finite numbers: one exchange a step.
+"""Norm, clipping, the check for non-finite numbers, requests to stop: one exchange a step.
 
 DeepSpeed's own clipping is off: it would count the dense gradients of a growing step (at CPU
 offload they enter its norm during backward), and at stage 0 it would apply a non-finite step.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,11 +21,15 @@ class Diverged(UserError):
 
 @dataclass(frozen=True)
 class StepHealth:
-    """Global gradient norm (over the trained set only) and mean loss; whether both are finite."""
+    """Global gradient norm (over the trained set only) and mean loss; whether both are finite.
+
+    `stops`: how many ranks ask to stop, for each of `signals.REASONS`.
+    """
 
     grad_norm: float
     loss: float
     finite: bool
+    stops: tuple[float, ...] = ()
 
 
 def inspect_step(
@@ -33,8 +37,9 @@ def inspect_step(
     loss: Tensor,
     finite: Tensor,
     square_sum: Callable[[str, Tensor], Tensor],
+    stops: Sequence[float] = (),
 ) -> StepHealth:
-    """Combine every rank's gradient fragments, loss (0-d) and finite flag (0-d bool).
+    """Combine every rank's gradient fragments, loss (0-d), finite flag (0-d bool), stop flags.
 
     `square_sum(name, gradient)`: 0-d, of what is trained in a rank's part of a gradient.
     """
@@ -47,12 +52,14 @@ def inspect_step(
                 total += square_sum(name, gradient).to(device)
     bad = (~finite.to(device)).double()
     values = torch.stack([total, bad, loss.detach().double().to(device)])
+    values = torch.cat([values, torch.tensor(stops, dtype=torch.float64, device=device)])
     if dist.get_world_size() > 1:
         dist.all_reduce(values)
-    squares, bad_ranks, loss_sum = values.tolist()
+    squares, bad_ranks, loss_sum, *asked = values.tolist()
     mean_loss = loss_sum / dist.get_world_size()
     is_finite = bad_ranks == 0 and _finite(squares) and _finite(mean_loss)
-    return StepHealth(squares**0.5 if squares >= 0 else squares, mean_loss, is_finite)
+    norm = squares**0.5 if squares >= 0 else squares
+    return StepHealth(norm, mean_loss, is_finite, tuple(asked))
 
 
 def clip_gradients(shards: Shards, norm: float, max_norm: float) -> None:

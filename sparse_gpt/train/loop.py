@@ -2,10 +2,11 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -16,7 +17,7 @@ from sparse_gpt.config_file import dump_yaml
 from sparse_gpt.data.loader import Batch, PackedDataset, TrainLoader, common_vocabulary
 from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.tokenizer import copy_tokenizer
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import Stopped, UserError
 from sparse_gpt.model.flops import FlopsLedger
 from sparse_gpt.ops import BlockLayout
 from sparse_gpt.sparse_units import scoring_cost, solve
@@ -41,6 +42,7 @@ from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
 from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.provenance import write_provenance
+from sparse_gpt.train.signals import StopRequests, deadline_of, describe
 from sparse_gpt.train.throughput import Throughput
 
 
@@ -66,6 +68,10 @@ class Trainer:
         self.device = init_ranks()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.precision = resolve_precision(config, self.device)
+        deadline = deadline_of(
+            config.checkpoint.deadline, config.checkpoint.deadline_margin, time.time()
+        )
+        self.stop_requests = StopRequests(config.run_dir, deadline, self.rank == 0)
         self.total_steps = config.total_steps(self.world_size)
         self.warmup_steps = config.warmup_steps(self.world_size)
         self.run_dir = config.run_dir
@@ -173,7 +179,10 @@ class Trainer:
         )
 
     def fit(self) -> TrainState:
-        """Train to the end, or to `stop_at`; resumes first, saves last. Returns the final state."""
+        """Train to the end, or to `stop_at`; resumes first, saves last. Returns the final state.
+
+        Raises `Stopped` on every rank, after a save, where any rank was asked to stop.
+        """
         config, state = self.config, self.state
         self._resume()
         self.checkpointer.check_space(best=config.evaluation.patience is not None)
@@ -185,6 +194,10 @@ class Trainer:
                 self.metrics.say(f"nothing to do: the run ended at step {state.step}")
                 return state
             self._dry_run()
+            stops = torch.tensor(self.stop_requests.flags(state.step), device=self.device)
+            dist.all_reduce(stops)
+            if any(stops.tolist()):
+                self._stop(stops.tolist())
             self._train_until(min(config.stop_at or self.total_steps, self.total_steps))
         finally:
             self.metrics.close()
@@ -211,6 +224,7 @@ class Trainer:
         )
         nonfinite = 0
         saved = state.step
+        stops: Sequence[float] = ()
         try:
             for step in range(state.step + 1, last_step + 1):
                 lr = self._set_lr(step)
@@ -232,7 +246,8 @@ class Trainer:
                 if self._validation_due(step):
                     with self.throughput.paused():
                         self._validate(step)
-                if state.finished:
+                stops = health.stops
+                if state.finished or any(stops):
                     break
                 every = config.checkpoint.every
                 if every and step % every == 0:
@@ -243,6 +258,17 @@ class Trainer:
             batches.close()
         if saved != state.step:
             self.save()
+        if any(stops) and not state.finished and state.step < last_step:
+            self._stop(stops)
+
+    def _stop(self, stops: Sequence[float]) -> NoReturn:
+        step = self.state.step
+        self.stop_requests.end()
+        self.metrics.say(
+            f"stopped    step {step}  asked by {describe(stops, self.world_size)}; start it again "
+            "to go on"
+        )
+        raise Stopped(f"asked to stop after step {step}")
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepHealth, UpdateReport | None]:
         """One optimizer step over the whole global batch."""
@@ -260,7 +286,11 @@ class Trainer:
                 self.engine.step()
         finite = self.controller.before_step(step)
         health = inspect_step(
-            self.shards, loss_sum / accumulation, finite, self.controller.square_sum
+            self.shards,
+            loss_sum / accumulation,
+            finite,
+            self.controller.square_sum,
+            self.stop_requests.flags(step),
         )
         self.optimizer.hold = not health.finite or self.controller.holds_step(step)
         if health.finite:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sparse_gpt.config_file import dump_yaml, load_config
+from sparse_gpt.errors import Stopped
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.plan import plan, render
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
@@ -16,7 +17,8 @@ from sparse_gpt.train.loop import Trainer, TrainState
 def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainState:
     """Train the model of a config file to its end; returns the final state.
 
-    Prints the resolved configuration and the plan first. Raises `UserError` for bad input.
+    Prints the resolved configuration and the plan first. Raises `UserError` for bad input, and
+    `Stopped` where the run was asked to stop.
     """
     config = load_config(config_path, list(overrides))
     source = ImportedWeights(config.init_from) if config.init_from else None
@@ -32,7 +34,15 @@ def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainSta
         f"{trainer.world_size} ranks on {trainer.device.type}, {trainer.precision}, "
         f"ZeRO stage {config.deepspeed.zero_stage}, in {trainer.run_dir}"
     )
-    state = trainer.fit()
+    try:
+        state = trainer.fit()
+    except Stopped:
+        _leave(trainer)
+        raise
+    _leave(trainer)
+    return state
+
+
+def _leave(trainer: Trainer) -> None:
     trainer.close()
     dist.destroy_process_group()
-    return state

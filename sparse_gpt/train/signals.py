@@ -1,0 +1,172 @@
+"""Requests to stop a run: signals, a STOP file, a deadline, a launcher that is gone.
+
+A request is a flag. The ranks exchange their flags with the numbers of every step, so that all
+stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.Stopped`).
+Imports neither torch nor deepspeed: an entry point listens before they load.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+from sparse_gpt.errors import EXIT_STOPPED, UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_FILE = "STOP"
+# What a rank may ask for, in the order of the flags it exchanges.
+FILES = (f"the file {STOP_FILE} in the run folder",)
+REASONS = (*(s.name for s in SIGNALS), *FILES, "the deadline", "a lost launcher")
+# A Ctrl-C reaches a rank from the terminal, and once more from the launcher that it reaches too:
+# signals this close together (seconds) are one request.
+BURST = 1.0
+LOOK_SECONDS = 0.5  # between two looks at the STOP file and the launcher
+
+
+class _Process:
+    """What this process has been told by signals, and by the end of what launched it."""
+
+    def __init__(self) -> None:
+        self.received: set[signal.Signals] = set()
+        self.first = 0.0  # of the first signal, time.monotonic()
+        self.ended = False  # the run has stopped: nothing is left to save
+        self.step = 0
+        self.launcher: psutil.Process | None = None
+        self.runner = 1
+
+    def listen(self) -> None:
+        """Install the handlers. From the main thread, once.
+
+        A thread reads what arrives: the main one may be inside an exchange that never returns.
+        """
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, _noted_by_the_thread)
+        threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
+        parent = psutil.Process(os.getppid())
+        if "deepspeed.launcher.launch" in parent.cmdline():
+            self.launcher, self.runner = parent, parent.ppid()
+
+    def _read(self, descriptor: int) -> None:
+        while True:
+            for number in os.read(descriptor, 64):
+                if number in SIGNALS:
+                    self._on_signal(signal.Signals(number))
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.ended:
+            os._exit(EXIT_STOPPED)
+        now = time.monotonic()
+        if not self.received:
+            self.first = now
+            if os.environ.get("RANK", "0") == "0":
+                _say(
+                    f"{number.name}: the run stops after this step, with a checkpoint; a second "
+                    "signal ends it at once"
+                )
+        elif now - self.first > BURST:
+            _say(
+                f"{number.name} again: ended at once in or after step {self.step}; a later start "
+                "goes on from the last checkpoint"
+            )
+            os._exit(128 + number)
+        self.received.add(number)
+
+    def lost_launcher(self) -> bool:
+        """Whether `deepspeed`, or the process that it starts on each node, has ended."""
+        if self.launcher is None:
+            return False
+        try:
+            now = self.launcher.ppid()
+        except psutil.NoSuchProcess:
+            return True
+        return os.getppid() != self.launcher.pid or now != self.runner
+
+
+def _noted_by_the_thread(number: int, frame: FrameType | None) -> None:
+    """A signal without a Python handler would not be written to the wakeup descriptor."""
+
+
+def _say(text: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+
+
+_process = _Process()
+
+
+def listen() -> None:
+    """From now on signals are requests to stop. For entry points; from the main thread."""
+    _process.listen()
+
+
+class StopRequests:
+    """The reasons that this rank has for stopping one run."""
+
+    def __init__(self, run_dir: Path, deadline: float | None, first_rank: bool) -> None:
+        """`deadline`: seconds since the epoch. Only the first rank looks for the STOP file."""
+        self.stop_file = run_dir / STOP_FILE if first_rank else None
+        self.deadline = deadline
+        self._looked, self._found = 0.0, [False, False]
+
+    def flags(self, step: int) -> list[float]:
+        """One number for each of `REASONS`: 1.0 where this rank asks to stop.
+
+        `step`: the one being made, to be named should the process end at once.
+        """
+        _process.step = step
+        now = time.monotonic()
+        if not self._looked or now - self._looked >= LOOK_SECONDS:
+            self._looked = now
+            there = self.stop_file is not None and self.stop_file.exists()
+            self._found = [there, _process.lost_launcher()]
+        late = self.deadline is not None and time.time() >= self.deadline
+        asked = [number in _process.received for number in SIGNALS]
+        return [float(flag) for flag in (*asked, self._found[0], late, self._found[1])]
+
+    def end(self) -> None:
+        """The run has stopped and is saved: a signal may now end the process at once."""
+        _process.ended = True
+
+
+def describe(counts: Sequence[float], world_size: int) -> str:
+    """The reasons in words, from the sum of all ranks' flags."""
+    asked = [(reason, int(count)) for reason, count in zip(REASONS, counts, strict=True) if count]
+    return ", ".join(
+        f"{reason} (remove it first)"
+        if reason in FILES
+        else f"{reason} ({many} of {world_size} ranks)"
+        for reason, many in asked
+    )
+
+
+def deadline_of(value: float | str | None, margin: float, started: float) -> float | None:
+    """When to stop, in seconds since the epoch: `margin` minutes before the deadline.
+
+    `value`: minutes from `started` (seconds since the epoch), an ISO time (local where it has no
+    offset), or `slurm`: the end of the job's time. Raises `UserError` where slurm says none.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str) and value == "slurm":
+        end = os.environ.get("SLURM_JOB_END_TIME", "")
+        if not end.isdigit():
+            raise UserError(
+                f"checkpoint.deadline: slurm, but SLURM_JOB_END_TIME is {end!r}; start it in a job "
+                "of slurm 22.05 or newer, or give minutes or a time"
+            )
+        at = float(end)
+    elif isinstance(value, str):
+        at = datetime.fromisoformat(value).timestamp()
+    else:
+        at = started + 60 * value
+    return at - 60 * margin

@@ -1,0 +1,281 @@
+"""Requests to stop: noticed from every source, agreed on by all ranks, and no number is lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from datetime import datetime
+
+import pytest
+
+from sparse_gpt.config import CheckpointConfig
+from sparse_gpt.errors import EXIT_STOPPED, Stopped, UserError
+from sparse_gpt.train import signals
+from sparse_gpt.train.signals import REASONS, StopRequests, deadline_of, describe
+from tests.contracts.runs import run_config, trainer
+from tests.ranks import ROOT, run_ranks
+from tests.tiny import write_corpus
+
+STEPS = 8
+
+# Processes with real signals.
+
+# Works until it is asked to stop; with `stuck`, it never looks.
+WORKER = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from sparse_gpt.errors import Stopped, run_main
+from sparse_gpt.train.signals import StopRequests, listen
+def main():
+    listen()
+    requests = StopRequests(Path(sys.argv[2]), None, True)
+    requests.flags(7)
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.02)
+        if "stuck" not in sys.argv and any(requests.flags(8)):
+            print(requests.flags(8), flush=True)
+            requests.end()
+            if "saved" in sys.argv:
+                time.sleep(60)
+            raise Stopped
+run_main(main)
+"""
+# Starts a worker as the launcher would, and says its number.
+LAUNCHER = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", *sys.argv[2:]])
+print(worker.pid, flush=True)
+worker.wait()
+"""
+
+
+@contextmanager
+def started(*command, **options):
+    with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
+def worker(folder, *words):
+    command = [sys.executable, "-c", WORKER, str(ROOT), str(folder), *words]
+    with started(*command, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+
+
+def ended(process):
+    out, said = process.communicate(timeout=30)
+    return process.returncode, out, said
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
+def test_a_signal_is_a_request(tmp_path, number):
+    with worker(tmp_path) as process:
+        process.send_signal(number)
+        code, out, said = ended(process)
+    assert code == EXIT_STOPPED
+    flags = [float(reason == number.name) for reason in REASONS]
+    assert json.loads(out) == flags
+    assert f"{number.name}: the run stops after this step" in said and "Traceback" not in said
+
+
+def test_a_signal_passed_on_by_the_launcher_is_no_second_one(tmp_path):
+    with worker(tmp_path, "stuck") as process:
+        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(signals.BURST + 0.3)
+        process.send_signal(signal.SIGTERM)
+        code, _, said = ended(process)
+    assert code == 128 + signal.SIGTERM
+    assert "SIGTERM again: ended at once in or after step 7" in said
+
+
+def test_a_signal_after_the_save_ends_at_once(tmp_path):
+    with worker(tmp_path, "saved") as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline().startswith("[")
+        time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == EXIT_STOPPED
+
+
+def test_a_stop_file(tmp_path):
+    with worker(tmp_path) as process:
+        (tmp_path / "STOP").touch()
+        code, out, _ = ended(process)
+    assert code == EXIT_STOPPED
+    assert json.loads(out)[REASONS.index("the file STOP in the run folder")] == 1.0
+    assert not any(StopRequests(tmp_path, None, first_rank=False).flags(1))
+
+
+def test_a_worker_whose_launcher_is_killed_asks_to_stop(tmp_path):
+    command = [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", WORKER, str(ROOT)]
+    with started(*command, str(tmp_path), stderr=subprocess.DEVNULL) as launcher:
+        assert launcher.stdout.readline().strip().isdigit()
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.kill()
+        flags = json.loads(launcher.stdout.readline())  # the worker shares that pipe
+        assert flags == [float(reason == "a lost launcher") for reason in REASONS]
+        assert launcher.stdout.read() == ""  # until the worker has ended
+
+
+# Deadlines.
+
+
+def test_a_deadline_in_minutes_as_a_time_and_from_slurm(monkeypatch):
+    assert deadline_of(None, 2, 1000.0) is None
+    assert deadline_of(10, 2, 1000.0) == 1480.0
+    assert deadline_of("2026-05-01T18:00+02:00", 0, 0.0) == 1777651200.0
+    local = datetime(2026, 5, 1, 18).timestamp()
+    assert deadline_of("2026-05-01T18:00", 1.5, 0.0) == local - 90
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "5000")
+    assert deadline_of("slurm", 1, 0.0) == 4940.0
+    monkeypatch.delenv("SLURM_JOB_END_TIME")
+    with pytest.raises(UserError, match=r"checkpoint\.deadline: slurm, but SLURM_JOB_END_TIME"):
+        deadline_of("slurm", 1, 0.0)
+
+
+def test_a_deadline_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="neither minutes nor slurm"):
+        CheckpointConfig(deadline="tomorrow")
+    given = CheckpointConfig.model_validate({"deadline": datetime(2026, 5, 1, 18)})
+    assert given.deadline == "2026-05-01T18:00:00"
+
+
+def test_reasons_in_words():
+    assert describe([0, 2, 0, 1, 0, 0], 4) == (
+        "SIGINT (2 of 4 ranks), the file STOP in the run folder (remove it first)"
+    )
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "tiny"
+    return str(write_corpus(folder, documents=40, val_documents=2))
+
+
+def train(corpus, out, place=None, rank=None, **changes):
+    """A run of two ranks with everything in it; `rank` asks to stop when it comes to `place`."""
+    import torch.distributed as dist
+
+    from sparse_gpt.train import loop
+
+    config = run_config(
+        corpus,
+        out,
+        max_steps=STEPS,
+        model__dropout=0.1,
+        sparsity__algorithm="rigl",
+        checkpoint__every=5,
+        evaluation__every=3,
+        **changes,
+    )
+    evaluate = loop.evaluate
+    signals._process.received.clear()
+    said = []
+    try:
+        with trainer(config) as made:
+
+            def asking(owner, name):
+                inner = getattr(owner, name)
+
+                def call(*args, **kwargs):
+                    if dist.get_rank() == rank:
+                        signals._process.received.add(signal.SIGUSR1)
+                    return inner(*args, **kwargs)
+
+                setattr(owner, name, call)
+
+            if place is not None:
+                owners = {
+                    "_dry_run": made,
+                    "_step": made,
+                    "evaluate": loop,
+                    "_update": made.controller,
+                    "_write": made.checkpointer,
+                }
+                asking(owners[place], place)
+            say = made.metrics.say
+            made.metrics.say = lambda text: (said.append(text), say(text))
+            try:
+                made.fit()
+                return "ended", said
+            except Stopped:
+                return "stopped", said
+    finally:
+        loop.evaluate = evaluate
+        signals._process.received.clear()
+        signals._process.ended = False
+
+
+def curve(run):
+    keys = ("kind", "step", "loss", "grad_norm", "lr", "churn", "tokens", "flops_spent")
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [[record.get(key) for key in keys] for record in lines]
+
+
+def digests(run):
+    manifest = json.loads((run / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text())
+    return manifest["state"], {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+
+def saved(run):
+    folder = run / "checkpoints"
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert [result for result, _ in run_ranks(2, train, corpus, str(run))] == ["ended"] * 2
+    return curve(run), digests(run)
+
+
+@pytest.mark.parametrize(
+    ("place", "stops"),
+    [
+        ("_dry_run", []),  # nothing is trained, nothing to save
+        ("_step", [1]),
+        ("_update", [4]),  # it follows the exchange of step 3
+        ("evaluate", [4]),  # of step 3, which ends
+        ("_write", [5, 6]),  # the save of step 5 is finished
+    ],
+)
+def test_all_ranks_stop_after_the_same_step_and_go_on_bit_for_bit(
+    corpus, tmp_path, undisturbed, place, stops
+):
+    run, rank = tmp_path / "run", 1
+    results = run_ranks(2, train, corpus, str(run), place, rank)
+    assert [result for result, _ in results] == ["stopped"] * 2
+    last = stops[-1] if stops else 0
+    line = f"stopped    step {last}  asked by SIGUSR1 (1 of 2 ranks); start it again to go on"
+    assert line in results[0][1]
+    assert saved(run) == [f"step-{step:08d}" for step in stops]
+    results = run_ranks(2, train, corpus, str(run))
+    assert [result for result, _ in results] == ["ended"] * 2
+    assert any(text.startswith(f"resumed    step {last} ") for text in results[0][1]) == bool(last)
+    assert (curve(run), digests(run)) == undisturbed
+
+
+def test_a_run_with_a_stop_file_or_past_its_deadline_trains_nothing(corpus, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    for changes in ({}, {"checkpoint__deadline": "2020-01-01T00:00:00"}):
+        results = run_ranks(2, train, corpus, str(run), **changes)
+        assert [result for result, _ in results] == ["stopped"] * 2
+        (run / "STOP").unlink(missing_ok=True)
+    assert saved(run) == []
+    assert os.listdir(run).count("metrics.jsonl") == 1 and curve(run) == []
