@@ -31,7 +31,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 _NARROW_BAND, _WIDE_BAND = 128, 1024
 _PANEL_BAND, _DOT_BAND = 512, 256
 # Of single weights all that is gone through at once stays in the first cache; at most 256.
-_SINGLE_BAND, _SINGLE_DOT_BAND = 128, 32
+_SINGLE_BAND, _SINGLE_DOT_BAND = 128, 64
 
 
 class _Order(ctypes.Structure):
@@ -232,6 +232,13 @@ def _order(layout: BlockLayout, transposed: bool, features: int) -> _Order:
     return _Order(starts.data_ptr(), columns.data_ptr(), slots.data_ptr(), bands, band)
 
 
+# A block and an activation for each way through the kernel.
+_CHECKED = (
+    ((1, 1), "gelu"), ((4, 4), "gelu_new"), ((16, 16), "gelu"), ((32, 32), None), 
+    ((2, 8), "gelu_new"), ((16, 1), None), ((1, 4), None),
+)  # fmt: skip
+
+
 @functools.cache
 def _checked(dtype: torch.dtype) -> bool:
     """Whether a small problem comes out right: not every CPU's path was run by who wrote it."""
@@ -240,16 +247,16 @@ def _checked(dtype: torch.dtype) -> bool:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    for block in ((1, 1), (4, 4), (16, 16)):
-        grid = (48 // block[0], 32 // block[1])
+    for block, activation in _CHECKED:
+        grid = (96 // block[0], 64 // block[1])
         slots = torch.randperm(grid[0] * grid[1], generator=generator)[: grid[0] * grid[1] // 2]
-        layout = BlockLayout((48, 32), block, slots)
-        values, bias, x, dy = random(len(slots), *block), random(48), random(70, 32), random(70, 48)
+        layout = BlockLayout((96, 64), block, slots)
+        values, bias, x, dy = random(len(slots), *block), random(96), random(70, 64), random(70, 96)
         results = []
         for kernel, cast_to in ((sparse_linears, dtype), (compact.sparse_linears, torch.float64)):
             leaves = [t.to(cast_to).requires_grad_() for t in (x, values, bias)]
             with torch.enable_grad():
-                (y,) = kernel(leaves[0], [Operand(leaves[1], leaves[2], layout)], "gelu_new")
+                (y,) = kernel(leaves[0], [Operand(leaves[1], leaves[2], layout)], activation)
             results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(cast_to))])
         bound = 1e-5 if dtype == torch.float32 else 2e-2
         for mine, right in zip(*results, strict=True):

@@ -13,8 +13,9 @@
 
 constexpr int64_t kRangeSums = 2048;     // of 64 tokens, that a thread holds: 512 kB
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
-constexpr int64_t kSingleRows = 1024;    // whose gradients stay in L2 for a sum over tokens
+constexpr int64_t kSingleRows = 512;     // whose gradients stay in L2 for a sum over tokens
 constexpr int64_t kSumTiles = 8;         // that one sum over tokens runs through
+constexpr int64_t kNearFloats = 1 << 18;   // of tiles that stay in L2 beside sums
 constexpr int64_t kTilesAtOnce = 4;      // that a weight meets when it comes by
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kPartFloats = 4 << 20;  // that packed tiles may take, if kSumTiles fit
@@ -134,7 +135,7 @@ static inline void use_huge_pages(void* data, int64_t bytes) {
     if (!data || bytes < 4 * kHugePage) return;
     const uintptr_t first = reinterpret_cast<uintptr_t>(data), page = kHugePage;
     const uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish
 #endif
 }
 
@@ -228,6 +229,7 @@ private:
         }
         for (size_t i = 0; i < sums.size(); ++i) {
             Sum& s = sums[i];
+            use_huge_pages(s.values, s.blocks * s.b_out * s.b_in * (half ? 2 : 4));
             s.value_sums = at[2 * i] >= 0 ? base_ + at[2 * i] : static_cast<float*>(s.values);
             s.bias_sums = half ? base_ + at[2 * i + 1] : static_cast<float*>(s.bias);
         }
@@ -237,12 +239,18 @@ private:
     void lay_out_products() {
         int64_t outputs = 0;
         for (const Product& p : products) outputs += p.rows * p.b;
-        panel_ = std::clamp<int64_t>(tiles_ / (2 * threads), 1, kTilesAtOnce);
+        int64_t inputs = 0;  // floats of a tile of a product
+        for (const Product& p : products)
+            for (const Term& term : p.terms) inputs = std::max(inputs, packings[term.packing].step());
+        const int64_t near = std::max<int64_t>(1, kNearFloats / std::max<int64_t>(1, inputs));
+        const int64_t at_once = single() ? std::min(kTilesAtOnce, near) : kTilesAtOnce;
+        panel_ = std::clamp<int64_t>(tiles_ / (2 * threads), 1, at_once);
         const int64_t panels = ceil_div(std::max<int64_t>(1, tiles_), panel_);
         const int64_t wanted = std::max<int64_t>(1, ceil_div(outputs * panels, 4 * threads));
         const int64_t most = std::min(kRangeSums / panel_, round_up(wanted, 16));
         for (const Product& p : products) {
-            const int64_t rows = std::max<int64_t>(1, most / p.b);
+            const int64_t ranges = ceil_div(p.rows * p.b, std::max<int64_t>(most, 1));
+            const int64_t rows = std::max<int64_t>(1, std::min(most / p.b, ceil_div(p.rows, ranges)));
             const size_t made = ranges_.size();
             split(p.rows, rows, &p - products.data(), &ranges_);
             for (const Term& term : p.terms)
@@ -253,6 +261,8 @@ private:
             range_floats_ = std::max(range_floats_, panel_ * (rows * p.b + 16) * kTile);
         }
     }
+
+    bool single() const { return !values.empty() && values[0].single(); }
 
     static void split(int64_t count, int64_t step, int64_t of, std::vector<Range>* ranges) {
         for (int64_t first = 0; first < count; first += step)

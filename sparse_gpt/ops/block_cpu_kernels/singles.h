@@ -77,10 +77,39 @@ struct Singles {
     }
 };
 
+constexpr int64_t kLine = 16;  // floats of a line of a cache
+
+// What comes next, fetched into L2 a little at a time beside other work.
+class Ahead {
+public:
+    // `lines` in all, in so many steps: `run` of them at `at`, as many `skip` floats on, and so on.
+    Ahead(const float* at, int64_t run, int64_t skip, int64_t lines, int64_t steps)
+        : at_(at), run_(run), skip_(skip), lines_(lines),
+          each_((lines + steps - 1) / std::max<int64_t>(1, steps)) {}
+
+    void step() {
+        for (int64_t i = 0; i < each_ && done_ < lines_; ++i) {
+            __builtin_prefetch(at_ + in_run_ * kLine, 0, 2);
+            ++done_;
+            if (++in_run_ == run_) in_run_ = 0, at_ += skip_;
+        }
+    }
+
+private:
+    const float* at_;
+    int64_t run_, skip_, lines_, each_, done_ = 0, in_run_ = 0;
+};
+
+template <int V>
+static inline void fetch(const float* at) {
+    UNROLL
+    for (int v = 0; v < V; ++v) __builtin_prefetch(at + v * kLanes, 0, 3);
+}
+
 // sums [R rows][V vectors] += weights * inputs of a band. The rows' weights follow one another, of
 // each at least as many as of the one before.
 template <int R, int V>
-static inline void add_singles(const Singles::Row* row, const float* weights,
+__attribute__((always_inline)) static inline void add_singles(const Singles::Row* row, const float* weights,
                                const uint8_t* columns, const float* x, float* sums) {
     Vec acc[R][V];
     const float* weight[R];
@@ -118,23 +147,31 @@ template <int V>
 static void add_single_rows(const Singles& s, int64_t first, int64_t last, int64_t tiles,
                             int passes, Tiles<const float> x, Tiles<float> sums) {
     constexpr int R = 2;
+    const int64_t size = static_cast<int64_t>(s.order.width) * kTile, count = last - first;
     for (int32_t band = 0; band < s.order.bands; ++band) {
         const Singles::Row* rows = s.sequence + band * s.rows + first;
         const int64_t start = s.order.starts[band * s.rows + first];
-        for (int64_t tile = 0; tile < tiles; ++tile)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+            const float* near = x.data + tile * x.step + band * size;
+            const float* next = tile + 1 < tiles ? near + x.step : x.data + (band + 1) * size;
+            const bool end = tile + 1 == tiles && band + 1 == s.order.bands;
+            Ahead ahead(next, size / kLine, 0, end ? 0 : size / kLine, count / R);
             for (int p = 0; p < passes; ++p) {
                 const int64_t skip = p * V * kLanes;
-                const float* in = x.data + tile * x.step + skip +
-                                  static_cast<int64_t>(band) * s.order.width * kTile;
+                const float* in = near + skip;
                 float* to = sums.data + tile * sums.step + skip;
                 int64_t at = start, i = 0;
-                for (; i + R <= last - first; i += R) {
+                for (; i + R <= count; i += R) {
+                    ahead.step();
+                    for (int64_t r = i + R; r < std::min(i + 2 * R, count); ++r)
+                        fetch<V>(to + static_cast<int64_t>(rows[r].at) * kTile);
                     add_singles<R, V>(rows + i, s.values + at, s.columns + at, in, to);
                     for (int r = 0; r < R; ++r) at += rows[i + r].count;
                 }
-                for (; i < last - first; at += rows[i++].count)
+                for (; i < count; at += rows[i++].count)
                     add_singles<1, V>(rows + i, s.values + at, s.columns + at, in, to);
             }
+        }
     }
 }
 
@@ -146,64 +183,73 @@ static void add_single_rows(const Singles& s, int64_t first, int64_t last, int64
 }
 
 // Tiles whose gradients of an output are held at once.
-constexpr int kHeldTiles = kLanes == 16 ? 4 : 1;
+constexpr int kHeldTiles = kLanes == 16 ? 2 : 1;
 
-// values (+)= sums over G tiles of dy times x.
+// The values of a band of rows (+)= sums over G tiles of dy times x, whose features are the band's.
 template <int G>
-static void dot_singles(const Singles& s, int64_t first, int64_t last, Tiles<const float> dy,
-                        Tiles<const float> x, bool add) {
+static void dot_singles(const Singles& s, int32_t band, int64_t first, int64_t last,
+                        Tiles<const float> dy, Tiles<const float> x, bool add, Ahead ahead) {
     constexpr int V = kTile / kLanes;
     Vec found[16];
-    for (int32_t band = 0; band < s.order.bands; ++band) {
-        const int32_t* starts = s.order.starts + band * s.rows;
-        const Singles::Row* row = s.sequence + band * s.rows + first;
-        const uint8_t* column = s.columns + starts[first];
-        const float* near = x.data + static_cast<int64_t>(band) * s.order.width * kTile;
-        float* to = s.values + starts[first];
-        int held = 0;
-        const auto put = [&](int count) {
-            alignas(64) float sums[16];
-            sum_lanes(found, sums);
+    int held = 0;
+    const int32_t start = s.order.starts[band * s.rows + first];
+    const Singles::Row* row = s.sequence + band * s.rows + first;
+    const uint8_t* column = s.columns + start;
+    float* to = s.values + start;
+    const auto put = [&](int count) {
+        alignas(64) float sums[16];
+        sum_lanes(found, sums);
+        if (count == 16)
+            for (int i = 0; i < 16; i += kLanes)
+                store(to + i, add ? load(to + i) + load(sums + i) : load(sums + i));
+        else
             for (int i = 0; i < count; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
-            to += count;
-        };
-        for (int64_t i = first; i < last; ++i, ++row) {
-            const float* out = dy.data + (first + row->at) * kTile;
-            Vec left[G][V];
+        to += count;
+        held = 0;
+    };
+    for (const Singles::Row* end = row + (last - first); row < end; ++row) {
+        ahead.step();
+        const float* out = dy.data + (first + row->at) * kTile;
+        Vec left[G][V];
+        UNROLL
+        for (int g = 0; g < G; ++g) {
+            if (row + 1 < end) fetch<V>(dy.data + (first + row[1].at) * kTile + g * dy.step);
+            UNROLL
+            for (int v = 0; v < V; ++v) left[g][v] = load(out + g * dy.step + v * kLanes);
+        }
+        for (const uint8_t* to_column = column + row->count; column < to_column; ++column) {
+            const float* in = x.data + static_cast<int64_t>(*column) * kTile;
+            Vec acc[2];
             UNROLL
             for (int g = 0; g < G; ++g)
                 UNROLL
-                for (int v = 0; v < V; ++v) left[g][v] = load(out + g * dy.step + v * kLanes);
-            for (const uint8_t* end = column + row->count; column < end; ++column) {
-                const float* in = near + static_cast<int64_t>(*column) * kTile;
-                Vec acc[2] = {};
-                UNROLL
-                for (int g = 0; g < G; ++g)
-                    UNROLL
-                    for (int v = 0; v < V; ++v)
-                        acc[v % 2] = acc[v % 2] + left[g][v] * load(in + g * x.step + v * kLanes);
-                found[held] = acc[0] + acc[1];
-                if (++held == 16) {
-                    put(16);
-                    held = 0;
+                for (int v = 0; v < V; ++v) {
+                    const Vec product = left[g][v] * load(in + g * x.step + v * kLanes);
+                    acc[v % 2] = g == 0 && v < 2 ? product : acc[v % 2] + product;
                 }
-            }
-        }
-        if (held) {
-            for (int i = held; i < 16; ++i) found[i] = Vec{};
-            put(held);
+            found[held] = acc[0] + acc[1];
+            if (++held == 16) put(16);
         }
     }
+    for (int i = held; i < 16; ++i) found[i] = Vec{};
+    if (held) put(held);
 }
 
+// The gradients of rows first .. last: band after band, of which all tiles are gone through.
 static void single_gradient(const Singles& s, int64_t first, int64_t last, int64_t tiles,
                             Tiles<const float> dy, Tiles<const float> x, bool add) {
-    for (int64_t tile = 0; tile < tiles;) {
-        const Tiles<const float> left{dy.data + tile * dy.step, dy.step};
-        const Tiles<const float> right{x.data + tile * x.step, x.step};
-        const bool many = tile + kHeldTiles <= tiles;
-        (many ? dot_singles<kHeldTiles> : dot_singles<1>)(s, first, last, left, right,
-                                                          add || tile > 0);
-        tile += many ? kHeldTiles : 1;
+    const int64_t size = static_cast<int64_t>(s.order.width) * kTile;
+    for (int32_t band = 0; band < s.order.bands; ++band) {
+        const float* near = x.data + band * size;
+        for (int64_t tile = 0, count; tile < tiles; tile += count) {
+            const bool many = tile + kHeldTiles <= tiles;
+            count = many ? kHeldTiles : 1;
+            // A tile of the next band comes near for each that is gone through.
+            const int64_t lines = band + 1 < s.order.bands ? count * size / kLine : 0;
+            (many ? dot_singles<kHeldTiles> : dot_singles<1>)(
+                s, band, first, last, {dy.data + tile * dy.step, dy.step},
+                {near + tile * x.step, x.step}, add || tile > 0,
+                {near + size + tile * x.step, size / kLine, x.step, lines, last - first});
+        }
     }
 }
