@@ -234,7 +234,7 @@ def _order(layout: BlockLayout, transposed: bool, features: int) -> _Order:
 
 # A block and an activation for each way through the kernel.
 _CHECKED = (
-    ((1, 1), "gelu"), ((4, 4), "gelu_new"), ((16, 16), "gelu"), ((32, 32), None), 
+    ((1, 1), "gelu"), ((4, 4), "gelu_new"), ((16, 16), "gelu"), ((32, 32), None),
     ((2, 8), "gelu_new"), ((16, 1), None), ((1, 4), None),
 )  # fmt: skip
 
