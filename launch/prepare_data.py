@@ -56,6 +56,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--val-fraction", type=float, default=0.01, help="(%(default)s)")
     parser.add_argument("--val-documents", type=int, help="an exact number instead")
     parser.add_argument("--test-fraction", type=float, default=0.0, help="(%(default)s)")
+    parser.add_argument("--test-documents", type=int, help="an exact number instead")
     parser.add_argument("--wikitext", choices=["raw", "detokenised"], help="rows are WikiText")
     parser.add_argument("--max-bytes", type=int, help="at most this much text of each split")
     parser.add_argument("--dtype", default="auto", help="auto, uint16 or uint32 (%(default)s)")
@@ -135,7 +136,13 @@ def main() -> None:
         tokenizer=args.tokenizer,
         vocab_size=args.vocab_size,
         tokenizer_sample_bytes=args.tokenizer_sample_bytes,
-        holdout=HoldoutRule(args.seed, args.val_fraction, args.val_documents, args.test_fraction),
+        holdout=HoldoutRule(
+            args.seed,
+            args.val_fraction,
+            args.val_documents,
+            args.test_fraction,
+            args.test_documents,
+        ),
         workers=args.workers,
         overwrite=args.overwrite,
         dtype=args.dtype,

@@ -109,11 +109,12 @@ def read_tree(path: Path | str, overrides: tuple[str, ...] | list[str] = ()) -> 
         key, sep, value = override.partition("=")
         if not sep or not key:
             raise UserError(f"override {override!r}: write key=value, e.g. optimizer.lr=6e-4")
-        _set(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
+        set_key(tree, key.split("."), parse_yaml(value, f"override {override!r}"), override)
     return tree
 
 
-def _set(tree: Any, keys: list[str], value: Any, override: str) -> None:
+def set_key(tree: Any, keys: list[str], value: Any, override: str) -> None:
+    """Set a nested value, making the mappings on its way; `override` is named in errors."""
     for position, key in enumerate(keys):
         last = position == len(keys) - 1
         if isinstance(tree, list):

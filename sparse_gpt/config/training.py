@@ -125,10 +125,14 @@ class CheckpointConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Validation loss on the held-out split, every so many steps and at the end."""
+    """Validation loss on the held-out split, every so many steps and at the end.
+
+    `final`: after the last step, the loss over the whole of val and test, in `results.json`.
+    """
 
     every: Positive | None = None
     sequences: Positive | None = None  # none = the whole split
+    final: bool = False
     patience: Positive | None = None  # stop after so many validations without a new best
 
 

@@ -12,12 +12,13 @@ _SPACE = 1 << 64
 
 @dataclass(frozen=True)
 class HoldoutRule:
-    """What the user asked for. documents, where given, replaces the fraction for validation."""
+    """What the user asked for. Numbers of documents, where given, replace the fractions."""
 
     seed: int = 0
     val_fraction: float = 0.01
     val_documents: int | None = None
     test_fraction: float = 0.0
+    test_documents: int | None = None
 
     def __post_init__(self) -> None:
         for flag, value in (
@@ -26,8 +27,12 @@ class HoldoutRule:
         ):
             if not 0 <= value < 1:
                 raise UserError(f"{flag} is {value}, it must be at least 0 and less than 1")
-        if self.val_documents is not None and self.val_documents < 1:
-            raise UserError(f"--val-documents is {self.val_documents}, it must be at least 1")
+        for flag, documents in (
+            ("--val-documents", self.val_documents),
+            ("--test-documents", self.test_documents),
+        ):
+            if documents is not None and documents < 1:
+                raise UserError(f"{flag} is {documents}, it must be at least 1")
         if self.val_fraction + self.test_fraction >= 1:
             raise UserError("--val-fraction and --test-fraction leave nothing for training")
 
@@ -35,6 +40,11 @@ class HoldoutRule:
     def wants_val(self) -> bool:
         """Whether any document goes to validation."""
         return self.val_documents is not None or self.val_fraction > 0
+
+    @property
+    def wants_test(self) -> bool:
+        """Whether any document goes to testing."""
+        return self.test_documents is not None or self.test_fraction > 0
 
 
 @dataclass(frozen=True)
@@ -54,16 +64,16 @@ class Holdout:
 
 
 def resolve_holdout(rule: HoldoutRule, n_documents: int) -> Holdout:
-    """Bounds that hold out exactly val_documents, or about the fractions but at least one
-    document for each split asked for and one for training.
+    """Bounds that hold out exactly the numbers of documents, or about the fractions but at least
+    one document for each split asked for and one for training.
 
     Raises UserError where there are too few documents. Memory does not grow with the corpus.
     """
     key = derive_key("holdout", rule.seed)
-    wants_test = rule.test_fraction > 0
-    if not (rule.wants_val or wants_test):
+    if not (rule.wants_val or rule.wants_test):
         return Holdout(key)
-    needed = (rule.val_documents or int(rule.val_fraction > 0)) + wants_test + 1
+    needed = (rule.val_documents or int(rule.val_fraction > 0)) + 1
+    needed += rule.test_documents or int(rule.test_fraction > 0)
     if n_documents < needed:
         raise UserError(
             f"the corpus has {n_documents} document(s), but holding out by document needs at least "
@@ -80,7 +90,10 @@ def resolve_holdout(rule: HoldoutRule, n_documents: int) -> Holdout:
     elif rule.val_fraction > 0:
         val_bound = max(round(rule.val_fraction * _SPACE), min(places()) + 1)
     test_bound = val_bound
-    if wants_test:
+    if rule.test_documents is not None:
+        rest = (place for place in places() if place >= val_bound)
+        test_bound = max(heapq.nsmallest(rule.test_documents, rest), default=val_bound) + 1
+    elif rule.wants_test:
         test_bound = val_bound + round(rule.test_fraction * _SPACE)
         rest = min((place for place in places() if place >= val_bound), default=None)
         test_bound = max(test_bound, (rest if rest is not None else 0) + 1)

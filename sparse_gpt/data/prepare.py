@@ -158,6 +158,7 @@ def _recorded(options: PrepareOptions) -> dict[str, Any]:
         "val_fraction": options.holdout.val_fraction,
         "val_documents": options.holdout.val_documents,
         "test_fraction": options.holdout.test_fraction,
+        "test_documents": options.holdout.test_documents,
         "text_field": first.text_field,
         "max_bytes": first.max_bytes,
         "wikitext": first.wikitext,
@@ -312,4 +313,4 @@ def _encode(
 
 
 def _used(rule: HoldoutRule, split: str) -> bool:
-    return rule.wants_val if split == "val" else rule.test_fraction > 0
+    return rule.wants_val if split == "val" else rule.wants_test

@@ -1,7 +1,6 @@
 """One fine-tuning, at one learning rate."""
 
 import gc
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,9 +10,9 @@ import torch.distributed as dist
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.finetune.run_config import run_config, sequences_per_epoch
 from sparse_gpt.train.build import WeightSource
-from sparse_gpt.train.evaluate import Evaluation
 from sparse_gpt.train.every_rank import check_nodes
 from sparse_gpt.train.loop import Trainer
+from sparse_gpt.train.results import describe
 
 
 def tune(config: FinetuneConfig, source: WeightSource, splits: Sequence[str]) -> dict[str, Any]:
@@ -78,20 +77,3 @@ def say_result(trainer: Trainer, mode: str, split: str, result: dict[str, Any]) 
         f"{result['token_perplexity']:.2f} a token"
         + (f", {words:,.1f} a word" if words is not None else "")
     )
-
-
-def describe(trainer: Trainer, split: str) -> dict[str, Any]:
-    """Loss and perplexity a token and a (white-space) word of the source text, over a split."""
-    result: Evaluation = trainer.evaluate(split)
-    splits = [data.split(split) for data, _ in trainer.data]
-    tokens, words = sum(s.n_tokens for s in splits), [s.n_words for s in splits]
-    word_perplexity = None
-    if all(words):
-        ratio = tokens / sum(count or 0 for count in words)
-        word_perplexity = math.exp(min(result.loss * ratio, 700.0))
-    return {
-        "loss": result.loss,
-        "token_perplexity": result.perplexity,
-        "word_perplexity": word_perplexity,
-        "scored_tokens": result.tokens,
-    }

@@ -19,6 +19,7 @@ FREE = (
     "checkpoint.*",
     "evaluation.every",
     "evaluation.sequences",
+    "evaluation.final",
     "logging.*",
     "deepspeed.*",
     "model.compile",

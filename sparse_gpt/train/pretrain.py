@@ -12,6 +12,7 @@ from sparse_gpt.plan import plan, render
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.every_rank import check_nodes
 from sparse_gpt.train.loop import Trainer, TrainState
+from sparse_gpt.train.results import final_results
 
 
 def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainState:
@@ -36,6 +37,8 @@ def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainSta
     )
     try:
         state = trainer.fit()
+        if config.evaluation.final:
+            final_results(trainer)
     except Stopped:
         _leave(trainer)
         raise

@@ -1,0 +1,143 @@
+"""The data of an experiment: where it lies, and making it where it is not there."""
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_gpt.data import corpus as documents
+from sparse_gpt.data.holdout import HoldoutRule
+from sparse_gpt.data.megatron import is_megatron
+from sparse_gpt.data.prepare import PrepareOptions, prepare
+from sparse_gpt.data.shards import TokenData, open_data
+from sparse_gpt.data.tokenizer_training import KINDS
+from sparse_gpt.durable import write_text
+from sparse_gpt.errors import UserError
+from sparse_gpt.experiment.spec import Corpus, Experiment
+
+STAMP = "corpus.sha256"  # beside a prepared folder: which settings made it
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """The corpora of an experiment below the folder `work`."""
+
+    experiment: Experiment
+    work: Path
+
+    def path(self, name: str) -> Path:
+        """Where a corpus lies, or will."""
+        own = self.experiment.data[name].path
+        return own if own is not None else self.work / "data" / name
+
+    def opened(self, name: str) -> TokenData | None:
+        """The data; None where it is not there, or was made with other settings."""
+        path = self.path(name)
+        if self.experiment.data[name].path is None:
+            stamp = path.with_name(f"{name}.{STAMP}")
+            made_by = stamp.read_text(encoding="utf-8") if stamp.is_file() else None
+            if made_by != self.settings_sha256(name) or not path.exists():
+                return None
+        elif not (path.exists() or is_megatron(path)):
+            return None
+        return open_data(path)
+
+    def vocab_size(self, name: str) -> int:
+        """Of the data if it is there, else as the experiment says."""
+        data, said = self.opened(name), self.experiment.data[name].vocab_size
+        if data is None and said is None:
+            raise UserError(
+                f"data.{name}: not there yet, and its vocabulary is not known; set "
+                f"data.{name}.vocab_size"
+            )
+        if data is None:
+            return said or 0
+        if said is not None and said != data.vocab_size:
+            raise UserError(
+                f"data.{name}.vocab_size: {said}, but the data at {data.path} has "
+                f"{data.vocab_size}; set it so, or prepare the data again"
+            )
+        return data.vocab_size
+
+    def settings_sha256(self, name: str) -> str:
+        """Of what makes a corpus what it is, wherever its text lies."""
+        corpus = self.experiment.data[name]
+        settings = corpus.model_dump_json(exclude={"path", "input"})
+        parent = corpus.tokenizer_of
+        of = self.settings_sha256(parent) if parent is not None else ""
+        return hashlib.sha256((settings + of).encode()).hexdigest()
+
+    def prepare(self, name: str, workers: int) -> TokenData:
+        """The data, made first where it is not there. Raises `UserError` where it cannot be."""
+        found = self.opened(name)
+        if found is not None:
+            return found
+        corpus = self.experiment.data[name]
+        if corpus.path is not None:
+            raise UserError(
+                f"data.{name}.path: nothing at {corpus.path}; prepare it with "
+                "launch/prepare_data.py, or give another path"
+            )
+        tokenizer = corpus.tokenizer
+        if corpus.tokenizer_of is not None:
+            of = self.prepare(corpus.tokenizer_of, workers)
+            tokenizer = str(of.tokenizer_path)
+        trained = tokenizer in KINDS
+        path = self.path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prepare(
+            PrepareOptions(
+                out=path,
+                sources=_sources(name, corpus),
+                tokenizer=tokenizer,
+                vocab_size=corpus.vocab_size if trained else None,
+                tokenizer_sample_bytes=corpus.tokenizer_sample_bytes,
+                holdout=HoldoutRule(
+                    corpus.seed,
+                    corpus.val_fraction,
+                    corpus.val_documents,
+                    corpus.test_fraction,
+                    corpus.test_documents,
+                ),
+                workers=workers,
+                overwrite=True,
+            )
+        )
+        write_text(path.with_name(f"{name}.{STAMP}"), self.settings_sha256(name))
+        self.vocab_size(name)  # as said
+        return open_data(path)
+
+
+def _sources(name: str, corpus: Corpus) -> dict[str, documents.Source]:
+    common: dict[str, Any] = {
+        "text_field": corpus.text_field,
+        "wikitext": corpus.wikitext,
+        "max_bytes": corpus.max_bytes,
+    }
+    if corpus.input is not None:
+        inputs = [corpus.input] if isinstance(corpus.input, str) else list(corpus.input)
+        where = f"data.{name}.input"
+        return {"train": documents.files([expanded(text, where) for text in inputs], **common)}
+    assert corpus.dataset is not None
+    dataset = expanded(corpus.dataset, f"data.{name}.dataset")
+    splits = corpus.splits
+    if splits is None:
+        usual = {"train": "train", "val": "validation", "test": "test"}
+        available = documents.dataset_splits(dataset, corpus.config)
+        splits = {ours: theirs for ours, theirs in usual.items() if theirs in available}
+    return {
+        ours: documents.dataset(dataset, config=corpus.config, split=theirs, **common)
+        for ours, theirs in splits.items()
+    }
+
+
+def expanded(text: str, where: str) -> str:
+    """`text` with `$NAME` and `${NAME}` replaced from the environment; `UserError` if not set."""
+    for name in re.findall(r"\$\{?(\w+)\}?", text):
+        if name not in os.environ:
+            raise UserError(
+                f"{where}: the variable {name} is not set; set it, or give {where}=PATH"
+            )
+    return os.path.expandvars(text)

@@ -1,0 +1,185 @@
+"""One finished run as a small JSON file, and whether it is the run that is wanted now."""
+
+import json
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sparse_gpt.durable import write_json
+from sparse_gpt.errors import UserError
+from sparse_gpt.experiment.corpora import Corpora
+from sparse_gpt.experiment.identity import changes, config_tree, tree_sha256
+from sparse_gpt.experiment.plan import Run, layer_flops
+from sparse_gpt.experiment.sessions import Sessions
+from sparse_gpt.train.results import FILE as RESULTS
+from sparse_gpt.train.results import SPLITS, read_results
+
+SCHEMA = 1
+PACKAGES = ("torch", "deepspeed", "numpy", "sparse_gpt")
+
+
+class Records:
+    """The records of one experiment, `<results>/<name>/runs/<run>.json`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, run: str) -> Path:
+        return self.folder / "runs" / f"{run}.json"
+
+    def read(self, run: str) -> dict[str, Any] | None:
+        """A record; None where there is none. `UserError` for a file that is none."""
+        path = self.path(run)
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(
+                f"{path}: no JSON ({error}); remove it, and the run is repeated"
+            ) from None
+        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+            raise UserError(f"{path}: no record of schema {SCHEMA}; move it away")
+        return record
+
+    def why_not_done(self, run: Run, corpora: Corpora) -> str | None:
+        """None where the record is of this run; "" where there is none, else what differs."""
+        record = self.read(run.name)
+        if record is None:
+            return ""
+        differing = changes(record["config"], run.config)
+        for name in run.corpora:
+            was = record["data"].get(name, {})
+            if was.get("settings_sha256") != corpora.settings_sha256(name):
+                differing.append(f"data.{name}: prepared otherwise")
+                continue
+            data = corpora.opened(name)
+            if data is not None and data.identity != was["identity"]:
+                differing.append(f"data.{name}: other tokens (another text or tokenizer)")
+        return "; ".join(differing) or None
+
+    def write(self, run: Run, corpora: Corpora) -> dict[str, Any]:
+        """Make and write the record of a run that has ended."""
+        record = make_record(run, corpora)
+        self.path(run.name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(self.path(run.name), record)
+        return record
+
+
+def make_record(run: Run, corpora: Corpora) -> dict[str, Any]:
+    """What the folder of a finished run says. Raises `UserError` where a part is missing."""
+    folder, plan = run.folder, run.plan
+    results = read_results(folder / RESULTS)
+    if results is None:
+        raise UserError(f"{folder / RESULTS} is missing; the run has not ended")
+    metrics = _json_lines(folder / "metrics.jsonl")
+    environment = _json(folder / "environment.json")
+    sessions = Sessions(folder)
+    tree, model = config_tree(run.config), plan.model
+    updates = sum(line["kind"] == "topology" and line["step"] > 0 for line in metrics)
+    weights = results["sparse_layer_weights"]
+    return {
+        "schema": SCHEMA,
+        "experiment": run.experiment,
+        "run": run.name,
+        "arm": run.arm,
+        "label": run.label,
+        "group": run.group,
+        "seed": run.seed,
+        "stage": run.stage,
+        "settings": run.settings,
+        "match": None if run.match is None else run.match.as_dict(),
+        "config_sha256": tree_sha256(tree),
+        "config": tree,
+        "data": {name: _describe_data(name, corpora) for name in run.corpora},
+        "git": environment["git_revision"],
+        "versions": {"python": environment["python"].split()[0], **_versions()},
+        "device": (environment["devices"] or [results["device"]])[0],
+        "precision": results["precision"],
+        "storage": run.config.sparsity.storage,
+        "threads": environment["threads"],
+        "ranks": results["ranks"],
+        "seconds": sessions.seconds,
+        "started": sessions.started,
+        "finished": sessions.finished,
+        "resumed": sessions.resumed,
+        "model": {
+            "n_layer": model.n_layer,
+            "n_head": model.n_head,
+            "d_model": model.d_model,
+            "d_ff": model.d_ff,
+            "d_embed": model.d_embed,
+            "parameters": plan.parameters,
+            "active_parameters": plan.active_parameters,
+            "sparsity_nominal": plan.sparsity,
+            "sparsity": 1 - results["active_weights"] / weights if weights else 0.0,
+        },
+        "steps": results["steps"],
+        "tested_step": results["tested_step"],
+        "tokens": results["tokens"],
+        "topology_updates": updates,
+        "flops": {
+            "spent": results["flops_spent"],
+            "per_sequence": plan.flops_per_sequence,
+            "sparsified_layers_per_sequence": layer_flops(plan),
+            "ratio_layers": run.ratio_layers,
+            "ratio_model": results["flops_spent"] / run.baseline.flops_total,
+        },
+        "loss": {split: results[split]["loss"] for split in SPLITS if split in results},
+        "word_perplexity": {
+            split: results[split]["word_perplexity"] for split in SPLITS if split in results
+        },
+        "curve": [
+            [line["step"], line["tokens"], line["flops_spent"], line["loss"]]
+            for line in metrics
+            if line["kind"] == "validation"
+        ],
+    }
+
+
+def _describe_data(name: str, corpora: Corpora) -> dict[str, Any]:
+    data = corpora.opened(name)
+    if data is None:
+        raise UserError(f"data.{name}: {corpora.path(name)} has gone while runs were using it")
+    return {
+        "tokens": {split: tokens.n_tokens for split, tokens in data.splits.items()},
+        "words": {split: tokens.n_words for split, tokens in data.splits.items()},
+        "vocab_size": data.vocab_size,
+        "tokenizer_sha256": data.tokenizer_sha256,
+        "identity": data.identity,
+        "settings_sha256": corpora.settings_sha256(name),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue  # used from a checkout; the git revision says which
+    return found
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; remove the run's folder to repeat the run") from None
+
+
+def _json_lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; remove the run's folder to repeat the run") from None
+
+
+def read_all(folder: Path) -> Iterable[dict[str, Any]]:
+    """Every record below a results folder, by run."""
+    records = Records(folder)
+    for path in sorted((folder / "runs").glob("*.json")):
+        record = records.read(path.stem)
+        if record is not None:
+            yield record

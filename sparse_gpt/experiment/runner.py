@@ -1,0 +1,214 @@
+"""Running what is planned: side by side, resumable, each finished run recorded as it ends."""
+
+import json
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sparse_gpt.config_file import dump_yaml
+from sparse_gpt.durable import write_json
+from sparse_gpt.errors import UserError
+from sparse_gpt.experiment.corpora import Corpora
+from sparse_gpt.experiment.identity import changes, config_tree
+from sparse_gpt.experiment.plan import Run
+from sparse_gpt.experiment.processes import Processes, Slot
+from sparse_gpt.experiment.record import Records
+from sparse_gpt.experiment.sessions import Sessions
+from sparse_gpt.experiment.show import Show
+
+POLL_SECONDS = 1.0
+LOG_TAIL_LINES = 30
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SCRIPTS = {"pretrain": "launch/pretrain.py"}
+
+
+class Stopped(Exception):
+    """A signal asked the runner to end; the argument is its number."""
+
+
+@dataclass
+class Job:
+    """A run of this start: queued, running, done, failed."""
+
+    run: Run
+    state: str = "queued"
+    step: int = 0
+    seconds: float = 0.0  # of its earlier sessions and this one
+    first_step: int = 0  # where this start began
+    began: float = 0.0  # time.time()
+    loss: float | None = None
+    processes: Processes | None = None
+    sessions: Sessions | None = field(default=None, repr=False)
+
+
+class Runner:
+    """Runs a list of runs on the slots of this machine."""
+
+    def __init__(
+        self,
+        runs: Sequence[Run],
+        records: Records,
+        corpora: Corpora,
+        slots: Sequence[Slot],
+        ranks: int,
+        show: Show,
+        keep: Sequence[int] = (),
+        launcher: Sequence[str] = (),
+    ) -> None:
+        """`keep`: file descriptors that runs inherit; `launcher`: of the deepspeed command."""
+        self.jobs = [Job(run) for run in runs]
+        self.records, self.corpora, self.show = records, corpora, show
+        self.slots, self.ranks = list(slots), ranks
+        self.keep, self.launcher = keep, launcher
+        self._on_slot: dict[int, Job] = {}
+
+    def go(self) -> bool:
+        """Run everything that is not done; True where nothing failed.
+
+        SIGINT and SIGTERM end the runs and raise `Stopped`.
+        """
+        before = {number: signal.signal(number, _stop) for number in SIGNALS}
+        try:
+            self._skip_done()
+            self.show.begin(self.jobs)
+            while True:
+                self._fill()
+                if not self._on_slot:
+                    break
+                time.sleep(POLL_SECONDS)
+                self._look()
+                self.show.update(self.jobs)
+        finally:
+            for number in before:
+                signal.signal(number, signal.SIG_IGN)  # the runs are being ended
+            running = list(self._on_slot.values())
+            for job in running:
+                assert job.processes is not None
+                job.processes.terminate()
+            for job in running:
+                assert job.processes is not None
+                job.processes.end()
+            self.show.end(self.jobs)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return all(job.state != "failed" for job in self.jobs)
+
+    def _skip_done(self) -> None:
+        for job in self.jobs:
+            why = self.records.why_not_done(job.run, self.corpora)
+            if why is None:
+                job.state, job.step = "done", job.run.plan.steps
+            elif why:
+                self.show.say(f"{job.run.name}: its record is of another run, repeated: {why}")
+
+    def _fill(self) -> None:
+        for index, slot in enumerate(self.slots):
+            if index in self._on_slot:
+                continue
+            job = next((job for job in self.jobs if job.state == "queued"), None)
+            if job is None:
+                return
+            self._start(job, slot)
+            self._on_slot[index] = job
+
+    def _start(self, job: Job, slot: Slot) -> None:
+        run = job.run
+        set_aside(run, self.corpora, self.show)
+        config = run.folder / "run.yaml"
+        config.write_text(dump_yaml(run.config), encoding="utf-8")
+        job.step, job.loss = progress(run.folder)
+        job.began, job.first_step = time.time(), job.step
+        job.sessions = Sessions(run.folder)
+        job.sessions.begin(job.began)
+        arguments = [str(config), "checkpoint.resume=auto"]
+        job.processes = Processes(
+            SCRIPTS[run.stage],
+            arguments,
+            self.ranks,
+            slot,
+            run.folder / "log.txt",
+            self.keep,
+            self.launcher,
+        )
+        job.state = "running"
+        self.show.started(job)
+
+    def _look(self) -> None:
+        for index, job in list(self._on_slot.items()):
+            assert job.processes is not None and job.sessions is not None
+            code = job.processes.poll()
+            job.sessions.seen(time.time())
+            job.seconds = job.sessions.seconds
+            job.step, job.loss = progress(job.run.folder)
+            if code is None:
+                continue
+            job.processes.end()
+            del self._on_slot[index]
+            try:
+                if code:
+                    raise UserError(f"exit code {code}")
+                record = self.records.write(job.run, self.corpora)
+            except UserError as error:
+                job.state = "failed"
+                log = job.run.folder / "log.txt"
+                self.show.failed(job, str(error), log, tail(log))
+                continue
+            job.state = "done"
+            self.show.finished(job, record)
+
+
+def _stop(number: int, _frame: object) -> None:
+    raise Stopped(number)
+
+
+def set_aside(run: Run, corpora: Corpora, show: Show) -> None:
+    """Move away the folder of another run of this name, checkpoints and all.
+
+    `run.json` in it says what the run computes, and from which data.
+    """
+    wanted = {"config": config_tree(run.config), "data": _identities(run, corpora)}
+    path, differing = run.folder / "run.json", []
+    if path.is_file():
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        differing = changes(begun["config"], run.config)
+        differing += ["other data"] if begun["data"] != wanted["data"] else []
+    if differing:
+        number = 1
+        while (aside := run.folder.with_name(f"{run.folder.name}.old{number}")).exists():
+            number += 1
+        run.folder.rename(aside)
+        why = "; ".join(differing)
+        show.say(f"{run.name}: what was begun is of another run, now {aside}: {why}")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def _identities(run: Run, corpora: Corpora) -> dict[str, str]:
+    opened = {name: corpora.opened(name) for name in run.corpora}
+    return {name: data.identity for name, data in opened.items() if data is not None}
+
+
+def progress(folder: Path) -> tuple[int, float | None]:
+    """Last step in a run's log of metrics, and the last loss in it; (0, None) without one."""
+    try:
+        with open(folder / "metrics.jsonl", "rb") as file:
+            file.seek(max(0, file.seek(0, 2) - 4096))
+            lines = file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return 0, None
+    for line in reversed(lines):
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut by the seek, or being written
+            continue
+        if "loss" in entry:
+            return entry["step"], float(entry["loss"])
+    return 0, None
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LOG_TAIL_LINES:])
