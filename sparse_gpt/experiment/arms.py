@@ -56,7 +56,9 @@ class Arm:
         return summarise(list(losses.values())) if losses else None
 
     def diverged(self) -> list[int]:
-        """Seeds that end without any finite loss."""
+        """Seeds that end without any finite loss; evaluations have none to end with."""
+        if self.stage == "leaderboard":
+            return []
         return [s for s in sorted(self.runs) if all(s not in self.losses(x) for x in SPLITS)]
 
     def flops(self, seeds: Sequence[int] | None = None) -> float | None:

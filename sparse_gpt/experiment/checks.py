@@ -27,6 +27,7 @@ def warnings(results: Results) -> list[str]:
                 )
             found += _seeds_differ(arm.title, list(arm.runs.values()))
     found += _data(records)
+    found += _edges(records)
     found += _unplanned_differences(results)
     for name, values in (
         ("git revision", [git_revision(record) for record in records]),
@@ -111,6 +112,22 @@ def _data(records: list[Record]) -> list[str]:
                 "others): their losses cannot be compared."
             )
     return found
+
+
+def _edges(records: list[Record]) -> list[str]:
+    """Grids of learning rates whose best is their first or last: a better one may lie outside."""
+    by_edge: dict[str, list[str]] = {}
+    for record in records:
+        tuned = record.finetune
+        rates = sorted(float(rate) for rate in (tuned.lr_grid or {})) if tuned else []
+        if tuned and len(rates) > 1 and tuned.lr in (rates[0], rates[-1]):
+            edge = "lowest" if tuned.lr == rates[0] else "highest"
+            by_edge.setdefault(edge, []).append(record.run)
+    return [
+        f"The best learning rate is the {edge} of the grid in {_some(runs)}; one outside may be "
+        "better."
+        for edge, runs in by_edge.items()
+    ]
 
 
 def _unplanned_differences(results: Results) -> list[str]:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours, told apart by colour-blind readers; black is the theme's text colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPXh"
 LINES = ("-", "--", ":", "-.")
+SEEDS = 0.65  # opacity of the small marks of single seeds
 LONGEST = 40  # letters of a label in a plot
 
 # The dark plot is the light one with these exchanged: no arm may have one of them.

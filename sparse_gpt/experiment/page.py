@@ -13,7 +13,7 @@ from sparse_gpt.durable import write_bytes, write_text
 from sparse_gpt.experiment.arms import Comparison, comparisons
 from sparse_gpt.experiment.checks import git_revision, warnings
 from sparse_gpt.experiment.drawing import Drawn, drawn
-from sparse_gpt.experiment.paper_tables import paper_tables
+from sparse_gpt.experiment.paper_tables import finetuning, paper_tables
 from sparse_gpt.experiment.plots import common_plots
 from sparse_gpt.experiment.results import Record, Results, read
 from sparse_gpt.experiment.special_plots import shape_table, special_plots
@@ -39,10 +39,10 @@ def write(results_folder: Path) -> Path:
     """
     results = read(results_folder)
     found = comparisons(results)
-    tables = _tables(results, found)
+    tables = made_tables(results, found)
     plots = [drawn(plot) for plot in (*common_plots(results, found), *special_plots(results))]
     write_text(results_folder / "runs.csv", runs_csv(results))
-    write_text(results_folder / "tables.md", _markdown(results, found, tables))
+    write_text(results_folder / "tables.md", tables_markdown(results, found, tables))
     for picture in plots:
         write_bytes(results_folder / f"{picture.plot.name}.png", picture.png)
     page = results_folder / "index.html"
@@ -50,17 +50,19 @@ def write(results_folder: Path) -> Path:
     return page
 
 
-def _tables(results: Results, found: Sequence[Comparison]) -> dict[str, list[Table]]:
+def made_tables(results: Results, found: Sequence[Comparison]) -> dict[str, list[Table]]:
     """By section of the page."""
-    shapes = shape_table(results)
+    extra = [shape_table(results), finetuning(results)]
     return {
-        "Results": [*arm_tables(results, found), *([shapes] if shapes else [])],
+        "Results": [*arm_tables(results, found), *filter(None, extra)],
         "Comparisons": [comparison_table(found)] if found else [],
         "The papers' tables": paper_tables(results),
     }
 
 
-def _markdown(results: Results, found: Sequence[Comparison], tables: dict[str, list[Table]]) -> str:
+def tables_markdown(
+    results: Results, found: Sequence[Comparison], tables: dict[str, list[Table]]
+) -> str:
     """The answer and the tables, for a README."""
     title = Table(results.about.title or results.name, [], [])
     parts = [markdown(title).splitlines()[0].removeprefix("##")]

@@ -1,8 +1,11 @@
 """The papers' tables filled with our numbers, the published ones beside them.
 
-A published row stands beside ours where the transformation and the nominal sparsity agree. Models,
-data and budgets agree only in the experiments of the papers' size: each table says whose is what.
+Published rows follow ours, or stand in a column beside them. Models, data and budgets are the same
+only in the experiments of the papers' size: each table says what the published numbers are of.
 """
+
+import math
+from collections.abc import Sequence
 
 from sparse_gpt.experiment import published
 from sparse_gpt.experiment.arms import MAIN, Arm, arms, method, transformation
@@ -39,33 +42,22 @@ def _of_paper_size(trained: list[Arm]) -> bool:
     return any(a.any.model and _shape(a.any.model) == published.GPT3_SMALL for a in trained)
 
 
-def _published_size(record: Record) -> published.Size | None:
-    """The row of Tables 14 and 16 that this model is, up to its printed d_head."""
-    kind = transformation(record)
-    for row in published.SIZES:
-        printed = (row.n_layer, row.d_model, row.d_ff, row.n_head)
-        if record.model and kind == (row.transformation, row.sparsity):
-            return row if printed == _shape(record.model) else None
-    return None
-
-
 def sizes(trained: list[Arm]) -> Table:
-    """Tables 14 and 16."""
+    """Tables 14 and 16: ours, then the published rows."""
     header = [
         "model", "transformation", "method", "sparsity", "sparsity, counted",
-        "n_layer", "d_model", "d_ff", "n_head", "d_head", "as published",
+        "n_layer", "d_model", "d_ff", "n_head", "d_head",
     ]  # fmt: skip
     rows = []
     for arm in trained:
         model = arm.any.model
         assert model is not None, "the reader refuses pretraining records without a model"
-        kind, sparsity = transformation(arm.source)
-        same = _published_size(arm.any)
+        kind, sparsity = transformation(arm.any)
         rows.append(
             [
                 Cell(arm.label),
                 Cell(kind),
-                Cell(method(arm.source)),
+                Cell(method(arm.any)),
                 cell(sparsity, "{:.0%}"),
                 cell(model.sparsity, "{:.2%}"),
                 cell(model.n_layer),
@@ -73,26 +65,38 @@ def sizes(trained: list[Arm]) -> Table:
                 cell(model.d_ff),
                 cell(model.n_head),
                 cell(model.d_model / model.n_head, "{:g}"),
-                Cell("yes" if same else "-"),
             ]
         )
-    notes = [f"Published: {published.SIZES_SOURCE}; d_head is printed as 64 in all rows there."]
+    for row in published.SIZES:
+        counts = (row.n_layer, row.d_model, row.d_ff, row.n_head, row.d_head)
+        rows.append(
+            [
+                Cell(f"published: {row.model}"),
+                Cell(row.transformation),
+                Cell("-"),
+                cell(row.sparsity, "{:.0%}"),
+                Cell("-"),
+                *(cell(count) for count in counts),
+            ]
+        )
+    notes = [
+        f"Published: {published.SIZES_SOURCE}. It prints a d_head of 64 in all rows; the FLOPs of "
+        "Table 17 say d_model / n_head, 91 and 128 in the sparse ones."
+    ]
     return Table("Tables 14 and 16: sizes", header, rows, frozenset(range(3, 10)), notes)
 
 
 def end_to_end(trained: list[Arm]) -> Table:
-    """Table 17."""
+    """Table 17: ours, then the published rows."""
     header = [
         "model", "transformation", "sparsity", "sequences", "FLOPs a sequence", "total FLOPs",
-        "seeds", "perplexity", "published FLOPs a sequence", "published perplexity",
+        "seeds", "perplexity a token", "perplexity a word",
     ]  # fmt: skip
     rows = []
-    matched = False
     for arm in trained:
-        kind, sparsity = transformation(arm.source)
-        row = _published_run(arm.any)
-        matched |= row is not None
-        values = [v for r in arm.runs.values() if (v := _token_perplexity(r)) is not None]
+        kind, sparsity = transformation(arm.any)
+        tokens = [perplexity(loss) for loss in arm.losses("test").values()]
+        words = [r.word_perplexity.test for r in arm.runs.values() if r.word_perplexity]
         rows.append(
             [
                 Cell(arm.label),
@@ -102,33 +106,30 @@ def end_to_end(trained: list[Arm]) -> Table:
                 cell(arm.any.flops.per_sequence if arm.any.flops else None, "{:.4e}"),
                 cell(arm.flops(), "{:.4e}"),
                 seeds_cell(arm),
-                spread_cell(summarise(values) if values else None, 2),
-                cell(row.flops_per_sequence if row else None, "{:.4e}"),
-                Cell(f"{row.perplexity} ± {row.spread}", row.perplexity) if row else Cell("-"),
+                _over_seeds(tokens),
+                _over_seeds(words),
             ]
         )
-    notes = ["Ours: test perplexity a token, mean ± standard deviation over seeds."]
-    notes.append(
-        f"Published: {published.END_TO_END_SOURCE}."
-        if matched
-        else f"No arm is a model of {published.END_TO_END_SOURCE.split(':')[0]}: none published."
-    )
-    numeric = frozenset({2, 3, 4, 5, 7, 8, 9})
+    for row in published.END_TO_END:
+        rows.append(
+            [
+                Cell(f"published: {row.model}"),
+                Cell(row.transformation),
+                cell(row.sparsity, "{:.0%}"),
+                cell(row.sequences, "{:,.0f}"),
+                cell(row.flops_per_sequence, "{:.4e}"),
+                cell(row.flops, "{:.4e}"),
+                Cell("3", 3.0),
+                Cell(f"{row.perplexity} ± {row.spread} (a token's or a word's)", row.perplexity),
+                Cell("-"),
+            ]
+        )
+    notes = [
+        "Ours: test perplexity, mean ± standard deviation over seeds.",
+        f"Published: {published.END_TO_END_SOURCE}.",
+    ]
+    numeric = frozenset({2, 3, 4, 5, 7, 8})
     return Table("Table 17: training FLOPs and perplexity", header, rows, numeric, notes)
-
-
-def _published_run(record: Record) -> published.EndToEnd | None:
-    if record.model is None:
-        return None
-    kind = transformation(record)
-    if _published_size(record) is not None:
-        name = "GPT-3 Small"
-    elif _shape(record.model) == published.GPT3_MEDIUM and kind == ("Dense", 0.0):
-        name = "GPT-3 Medium"
-    else:
-        return None
-    rows = (r for r in published.END_TO_END if (r.transformation, r.sparsity) == kind)
-    return next((row for row in rows if row.model == name), None)
 
 
 def _sequences(record: Record) -> float | None:
@@ -138,9 +139,10 @@ def _sequences(record: Record) -> float | None:
     return record.tokens / length
 
 
-def _token_perplexity(record: Record) -> float | None:
-    loss = record.final_loss("test")
-    return None if loss is None else perplexity(loss)
+def _over_seeds(values: Sequence[float | None]) -> Cell:
+    """Mean and spread of those that are there and finite."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    return spread_cell(summarise(known) if known else None, 2)
 
 
 def recipe(trained: list[Arm]) -> Table:
@@ -213,6 +215,41 @@ def leaderboard(boards: list[Arm], paper_size: bool) -> Table:
     return Table("Table 15: Open LLM Leaderboard", header, rows, numeric, notes)
 
 
+def finetuning(results: Results) -> Table | None:
+    """What fine-tuning did with optimizer, schedule and masks; None where there was none."""
+    header = [
+        "arm", "optimizer", "schedule", "epochs", "lr by seed", "tested step", "stopped early",
+        "weights outside the masks", "of them never active",
+    ]  # fmt: skip
+    rows = []
+    for arm in arms(results, "finetune"):
+        tuned = [run.finetune for run in arm.runs.values() if run.finetune]
+        rows.append(
+            [
+                Cell(arm.title),
+                _each([part.optimizer for part in tuned]),
+                _each([part.schedule for part in tuned]),
+                _each([f"{part.epochs:.3g}" for part in tuned if part.epochs is not None]),
+                _each([f"{part.lr:g}" for part in tuned]),
+                _each([part.tested_step for part in tuned]),
+                _each([part.stopped_early for part in tuned]),
+                _each([part.weights_outside_masks for part in tuned]),
+                _each([part.weights_never_active for part in tuned]),
+            ]
+        )
+    notes = ["Each value once, in the order of the seeds; - where it was not recorded."]
+    return Table("What fine-tuning changed", header, rows, notes=notes) if rows else None
+
+
+def _each(values: Sequence[object]) -> Cell:
+    names = {True: "yes", False: "no", None: "-"}
+    texts = [
+        names[v] if v is None or isinstance(v, bool) else f"{v:,}" if isinstance(v, int) else str(v)
+        for v in values
+    ]
+    return Cell(", ".join(dict.fromkeys(texts)) or "-")
+
+
 def _score(arm: Arm, column: str) -> Cell:
     boards = [run.leaderboard for run in arm.runs.values() if run.leaderboard]
     scores = [b.average if column == "average" else b.tasks.get(column) for b in boards]
@@ -235,6 +272,8 @@ def spdf(tuned: list[Arm], paper_size: bool) -> Table:
     for arm in tuned:
         kind, sparsity = transformation(arm.source)
         numbers = {(r.transformation, r.sparsity, r.mode): r.perplexity for r in published.SPDF}
+        parts = [run.finetune.test for run in arm.runs.values() if run.finetune]
+        tests = [part for part in parts if part is not None]
         rates = sorted({rate for run in arm.runs.values() if (rate := lr(run)) is not None})
         rows.append(
             [
@@ -244,8 +283,8 @@ def spdf(tuned: list[Arm], paper_size: bool) -> Table:
                 Cell(arm.mode),
                 Cell(", ".join(f"{rate:g}" for rate in rates) or "-", rates[0] if rates else None),
                 seeds_cell(arm),
-                _tuned_perplexity(arm, "token_perplexity"),
-                _tuned_perplexity(arm, "word_perplexity"),
+                _over_seeds([part.token_perplexity for part in tests]),
+                _over_seeds([part.word_perplexity for part in tests]),
                 cell(numbers.get((kind, sparsity, arm.mode)), "{:.1f}"),
             ]
         )
@@ -257,10 +296,3 @@ def spdf(tuned: list[Arm], paper_size: bool) -> Table:
     notes += [] if paper_size else [OTHER_SIZE]
     title = "Table 21: sparse pretraining, dense and sparse fine-tuning"
     return Table(title, header, rows, frozenset({2, 4, 6, 7, 8}), notes)
-
-
-def _tuned_perplexity(arm: Arm, which: str) -> Cell:
-    parts = [run.finetune.test for run in arm.runs.values() if run.finetune]
-    values = [getattr(part, which) for part in parts if part is not None]
-    known = [value for value in values if value is not None and value < float("inf")]
-    return spread_cell(summarise(known) if known else None, 2)

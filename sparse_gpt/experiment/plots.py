@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparse_gpt.experiment.arms import MAIN, Arm, Comparison, arms
-from sparse_gpt.experiment.drawing import Plot, Style, colour, figure, label, styles
+from sparse_gpt.experiment.drawing import SEEDS, Plot, Style, colour, figure, label, styles
 from sparse_gpt.experiment.results import Results
 from sparse_gpt.experiment.statistics import perplexity, summarise
 
@@ -121,12 +121,16 @@ def perplexity_flops(trained: Sequence[Arm], style: dict[str, Style]) -> Figure:
         hue, marker = colour(style[arm.name]), style[arm.name].marker
         flops = [run.flops.spent for seed in losses if (run := arm.runs[seed]).flops]
         values = [perplexity(loss) for loss in losses.values()]
-        axes.scatter(flops, values, s=14, color=hue, marker=marker, alpha=0.45, lw=0)
+        axes.scatter(flops, values, s=14, color=hue, marker=marker, alpha=SEEDS, lw=0)
         mean = perplexity(summarise(list(losses.values())).mean)
         axes.scatter(
             [math.fsum(flops) / len(flops)], [mean], s=75, color=hue, marker=marker,
             edgecolors=axes.get_facecolor(), linewidths=0.8, label=label(arm.label), zorder=3,
         )  # fmt: skip
+    low, high = axes.get_xlim()
+    centre, half = (low + high) / 2, (high - low) / 2
+    if half < centre / 4:  # arms of nearly equal FLOPs stand together, not spread by rounding
+        axes.set_xlim(centre * 0.75, centre * 1.25)
     name = {"test": "test", "val": "validation"}[split]
     axes.set(xlabel="FLOPs of the run, whole model", ylabel=f"{name} perplexity a token")
     made.legend(loc="outside right upper", fontsize="small")
@@ -142,7 +146,7 @@ def forest(found: Sequence[Comparison]) -> Figure:
     for place, comparison in enumerate(found):
         pairs = comparison.pairs
         hue = hues.get(comparison.verdict, text)
-        axes.scatter(pairs.differences, [place + 0.18] * pairs.n, s=9, color=hue, alpha=0.5, lw=0)
+        axes.scatter(pairs.differences, [place + 0.18] * pairs.n, s=9, color=hue, alpha=SEEDS, lw=0)
         if pairs.low is not None and pairs.high is not None:
             axes.plot([pairs.low, pairs.high], [place, place], color=hue, lw=1.6)
         fill = hue if comparison.verdict in hues else axes.get_facecolor()

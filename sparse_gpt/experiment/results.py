@@ -62,7 +62,7 @@ class Model(_Part):
 
 
 class Flops(_Part):
-    """Ratios are over the dense base model's run of as many steps."""
+    """Ratios are over the baseline arm's whole run."""
 
     spent: Finite
     per_sequence: Finite | None = None
@@ -72,7 +72,7 @@ class Flops(_Part):
 
 
 class Losses(_Part):
-    """Nats a token over the whole split, and its sizes where they were recorded."""
+    """A figure of the whole validation and test split; losses are nats a token."""
 
     val: Loss = None
     test: Loss = None
@@ -87,7 +87,7 @@ class SplitResult(_Part):
 class Finetune(_Part):
     mode: Name
     lr: Finite
-    lr_grid: dict[Annotated[str, AfterValidator(_rate)], Loss] = {}
+    lr_grid: dict[Annotated[str, AfterValidator(_rate)], Loss] | None = None
     epochs: Finite | None = None
     tested_step: Count | None = None
     stopped_early: bool | None = None
@@ -145,6 +145,7 @@ class Record(_Part):
     topology_updates: Count | None = None
     flops: Flops | None = None
     loss: Losses | None = None
+    word_perplexity: Losses | None = None
     curve: list[Point] = []
     finetune: Finetune | None = None
     leaderboard: Leaderboard | None = None

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.arms import MAIN, Arm, arms
-from sparse_gpt.experiment.drawing import Plot, colour, figure, label, styles
+from sparse_gpt.experiment.drawing import SEEDS, Plot, colour, figure, label, styles
 from sparse_gpt.experiment.results import Record, Results
 from sparse_gpt.experiment.statistics import summarise
 from sparse_gpt.experiment.table import Cell, Table, cell
-from sparse_gpt.experiment.tables import spread_cell
+from sparse_gpt.experiment.tables import lr, spread_cell
 
 SPEEDS = Path(__file__).resolve().parents[2] / "docs/benchmarks/sparse_linear.json"
 FEWEST_SHAPES = 3  # from here on an experiment is one about shapes
@@ -117,6 +117,17 @@ def special_plots(results: Results, path: Path = SPEEDS) -> list[Plot]:
                 lambda: shapes(chosen, speeds(path)),
             )
         )
+    sweeps = lr_sweeps(results)
+    if sweeps:
+        plots.append(
+            Plot(
+                "lr_sweep",
+                "Learning rates of pretraining",
+                "Final validation loss over the learning rate; one line for arms that differ in "
+                "nothing else, small marks are seeds.",
+                lambda: lr_lines(sweeps),
+            )
+        )
     tuned = [arm for arm in arms(results, "finetune") if grid(arm)]
     if tuned:
         plots.append(
@@ -125,7 +136,7 @@ def special_plots(results: Results, path: Path = SPEEDS) -> list[Plot]:
                 "Learning rates of fine-tuning",
                 "Validation loss over the learning rate, one line a fine-tuned arm; small marks "
                 "are seeds.",
-                lambda: lr_grid(tuned),
+                lambda: lr_lines({arm.title: grid(arm) for arm in tuned}),
             )
         )
     return plots
@@ -139,7 +150,7 @@ def shapes(chosen: Sequence[Arm], known: dict[tuple[str, float], Speed]) -> Figu
     blue, orange = "#0072B2", "#D55E00"
     for place, arm in enumerate(chosen):
         losses = list(arm.losses(split).values())
-        left.scatter(losses, [place + 0.18] * len(losses), s=9, color=blue, alpha=0.5, lw=0)
+        left.scatter(losses, [place + 0.18] * len(losses), s=9, color=blue, alpha=SEEDS, lw=0)
         summary = arm.loss(split)
         if summary is not None:
             left.errorbar(
@@ -150,7 +161,10 @@ def shapes(chosen: Sequence[Arm], known: dict[tuple[str, float], Speed]) -> Figu
         speed = known.get((shape(arm.any) or "", sparsity))
         if speed:
             right.barh([place], [speed.ratio], color=orange, height=0.55)
-            right.text(speed.ratio, place, f" {speed.ratio:.2f}", va="center", fontsize="small")
+            right.annotate(
+                f"{speed.ratio:.2f}", (speed.ratio, place), (4, 0), textcoords="offset points",
+                va="center", fontsize="small",
+            )  # fmt: skip
         else:
             right.text(0.05, place, "not measured", va="center", fontsize="small", alpha=0.7)
     left.set_yticks(range(len(chosen)), [label(arm.label) for arm in chosen], fontsize="small")
@@ -167,27 +181,46 @@ def grid(arm: Arm) -> dict[float, list[float]]:
     """{lr: validation losses of the seeds} of a fine-tuned arm, sorted; finite ones alone."""
     found: dict[float, list[float]] = {}
     for run in arm.runs.values():
-        for rate, loss in (run.finetune.lr_grid if run.finetune else {}).items():
+        for rate, loss in ((run.finetune and run.finetune.lr_grid) or {}).items():
             if loss is not None and math.isfinite(loss):
                 found.setdefault(float(rate), []).append(loss)
     return dict(sorted(found.items()))
 
 
-def lr_grid(tuned: Sequence[Arm]) -> Figure:
-    """Validation loss over the learning rate."""
+def lr_sweeps(results: Results) -> dict[str, dict[float, list[float]]]:
+    """{name: {lr: final validation losses}} of pretraining arms that differ in lr alone."""
+    lines: dict[str, dict[float, list[float]]] = {}
+    names: dict[str, str] = {}
+    for arm in arms(results, "pretrain"):
+        rate, settings = lr(arm.any), dict(arm.any.settings)
+        swept = settings.pop("optimizer.lr", None) is not None or arm.group == MAIN
+        losses = list(arm.losses("val").values())
+        if rate is None or not swept or not losses:
+            continue
+        key = json.dumps([settings, arm.any.match], sort_keys=True)
+        points = lines.setdefault(key, {})
+        points[rate] = [*points.get(rate, []), *losses]
+        if arm.group == MAIN or key not in names:
+            names[key] = arm.label
+    return {
+        names[key]: dict(sorted(points.items())) for key, points in lines.items() if len(points) > 1
+    }
+
+
+def lr_lines(lines: Mapping[str, Mapping[float, Sequence[float]]]) -> Figure:
+    """{name: {lr: losses of the seeds}} as lines over the learning rate."""
     made = figure(9, 5)
     axes = made.subplots()
-    style = styles([arm.title for arm in tuned])
-    for arm in tuned:
-        points = grid(arm)
-        own = style[arm.title]
-        means = [summarise(losses).mean for losses in points.values()]
+    style = styles(list(lines))
+    for name, points in lines.items():
+        own = style[name]
+        means = [summarise(list(losses)).mean for losses in points.values()]
         axes.plot(
             list(points), means, own.line, color=colour(own), marker=own.marker, markersize=5,
-            label=label(arm.title),
+            label=label(name),
         )  # fmt: skip
         for rate, losses in points.items():
-            axes.scatter([rate] * len(losses), losses, s=9, color=colour(own), alpha=0.5, lw=0)
+            axes.scatter([rate] * len(losses), losses, s=9, color=colour(own), alpha=SEEDS, lw=0)
     axes.set(xscale="log", xlabel="learning rate", ylabel="validation loss (nats a token)")
     made.legend(loc="outside right upper", fontsize="small")
     return made

@@ -80,4 +80,6 @@ def _side(table: Table, place: int) -> str:
 def _cell(table: Table, place: int, content: Cell) -> str:
     key = "" if content.key is None else f' data-key="{content.key!r}"'
     text = html.escape(content.text)
+    if place in table.numeric:  # broken before a spread or an interval alone
+        text = text.replace(" ", "\u00a0").replace("\u00a0[", " [").replace("\u00a0±", " ±")
     return f"<td{_side(table, place)}{key}>{f'<b>{text}</b>' if content.strong else text}</td>"

@@ -127,11 +127,14 @@ def _arm_table(
         if compared:
             row += _difference_cells(comparison) if comparison else [Cell("-"), Cell("-")]
         rows.append(row)
-    notes = ["Losses are nats a token: mean ± standard deviation over seeds; one seed has none."]
+    notes = [
+        "Losses are nats a token: mean ± standard deviation over seeds (none with one seed). Arms "
+        "with other seeds are compared by their paired differences, not by these means."
+    ]
     if not tuned:
         notes.append(
-            "FLOPs are ratios to the dense base model's run of as many steps: of the sparsified "
-            "layers, and of the whole model (topology updates included)."
+            "FLOPs are ratios to the baseline's run: of the layers that are or could be sparse, "
+            "and of the whole model, topology updates included."
         )
     notes.append("Perplexity is exp(mean loss) a token.")
     if compared:

@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
-from sparse_gpt.experiment.arms import Arm, Comparison, baseline_name, transformation
+from sparse_gpt.experiment.arms import (
+    MAIN,
+    SPLITS,
+    Arm,
+    Comparison,
+    arms,
+    transformation,
+)
 from sparse_gpt.experiment.results import Results
 from sparse_gpt.experiment.statistics import ALPHA
 
@@ -21,8 +28,10 @@ def answer(results: Results, found: Sequence[Comparison]) -> list[str]:
     for lead, chosen in _kinds(found):
         if chosen:
             sentences.append(f"{lead}: {_counts(chosen)}")
-    if not any(_dense(c.against) and not _dense(c.arm) and c.equal_flops for c in found):
+    mixed = [c for c in found if _dense(c.against) and not _dense(c.arm)]
+    if mixed and not any(c.equal_flops for c in mixed):
         sentences.append("No sparse model was compared with a dense one of equal FLOPs yet.")
+    sentences += _ranking(results)
     if results.missing:
         sentences.append(
             f"This is preliminary: {len(results.missing)} of {len(results.plan or [])} planned "
@@ -35,7 +44,8 @@ def _kinds(found: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:
     """The comparisons by what they can show: equal FLOPs with a dense model come first."""
     trained = [c for c in found if c.arm.stage == "pretrain"]
     mixed = [c for c in trained if _dense(c.against) and not _dense(c.arm)]
-    alike = [c for c in trained if c not in mixed]
+    dense = [c for c in trained if _dense(c.arm)]
+    sparse = [c for c in trained if not _dense(c.arm) and not _dense(c.against)]
     other = [c for c in mixed if not c.equal_flops]
     ratios = sorted(c.flops_ratio for c in other if c.flops_ratio is not None)
     span = "" if not ratios else f" ({_span(ratios[0], ratios[-1])} times theirs)"
@@ -45,7 +55,8 @@ def _kinds(found: Sequence[Comparison]) -> list[tuple[str, list[Comparison]]]:
             [c for c in mixed if c.equal_flops],
         ),
         (f"Sparse against dense at other FLOPs of the whole model{span}", other),
-        ("Among sparse and among dense models", alike),
+        ("Among sparse models", sparse),
+        ("Dense models", dense),
         ("After fine-tuning", [c for c in found if c.arm.stage == "finetune"]),
     ]
 
@@ -59,7 +70,7 @@ def _dense(arm: Arm) -> bool:
 
 
 def _counts(found: Sequence[Comparison]) -> str:
-    """`A beats B; C loses to D; E and F are not told apart.`"""
+    """Who has a lower, a higher, no different loss, with the mean differences in nats."""
     clauses = []
     for verdict, verb in (
         ("better", "has a lower loss than"),
@@ -70,7 +81,8 @@ def _counts(found: Sequence[Comparison]) -> str:
         rivals: dict[str, list[str]] = {}
         for comparison in found:
             if comparison.verdict == verdict:
-                rivals.setdefault(comparison.against.title, []).append(comparison.arm.title)
+                name = f"“{comparison.arm.title}” ({comparison.pairs.mean:+.4f})"
+                rivals.setdefault(comparison.against.title, []).append(name)
         clauses += [
             f"{_list(names)} {verb if len(names) == 1 else _PLURAL[verb]} “{rival}”"
             for rival, names in rivals.items()
@@ -87,8 +99,22 @@ _PLURAL = {
 
 
 def _list(names: Sequence[str]) -> str:
-    quoted = [f"“{name}”" for name in names]
-    return quoted[0] if len(quoted) == 1 else ", ".join(quoted[:-1]) + " and " + quoted[-1]
+    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
+
+
+def _ranking(results: Results) -> list[str]:
+    """The arm of lowest mean loss, said to be no more than that."""
+    main = [arm for arm in arms(results, "pretrain") if arm.group == MAIN]
+    split = next((s for s in SPLITS if main and all(arm.losses(s) for arm in main)), None)
+    if split is None or len(main) < 2:
+        return []
+    means = {arm.title: summary for arm in main if (summary := arm.loss(split)) is not None}
+    best = min(means, key=lambda title: means[title].mean)
+    return [
+        f"“{best}” has the lowest mean {SPLIT_NAMES[split]} loss of the {len(main)} pretraining "
+        f"arms ({means[best].mean:.4f}, {means[best].n} seed{'' if means[best].n == 1 else 's'}); "
+        "a rank among means is no test."
+    ]
 
 
 def sentence(c: Comparison) -> str:
@@ -105,8 +131,9 @@ def sentence(c: Comparison) -> str:
             else f" (95 % interval of the difference {pairs.low:+.4f} to {pairs.high:+.4f}, "
         )
         p = c.p_adjusted
-        shown = "not tested" if p is None else ("p < 0.0001" if p < 1e-4 else f"p = {p:.4f}")
-        size += f"{pairs.n} pairs, adjusted {shown})"
+        exact = "< 0.0001" if p is not None and p < 1e-4 else f"= {p or 0:.4f}"
+        adjusted = "not tested" if p is None else f"adjusted p {exact}"
+        size += f"{pairs.n} pairs, {adjusted})"
     else:
         size += f" (one pair, seed {pairs.seeds[0]}: no interval, no test)"
     what = (
@@ -127,8 +154,3 @@ def _budget(c: Comparison) -> str:
         same = abs(c.tokens_ratio - 1) <= 1e-3
         parts.append("equal tokens" if same else f"{c.tokens_ratio:.2f} times its tokens")
     return f", at {' and '.join(parts)}" if parts else ""
-
-
-def against_baseline(results: Results, found: Sequence[Comparison]) -> list[Comparison]:
-    """The comparisons with the baseline."""
-    return [c for c in found if c.against.name == baseline_name(results)]

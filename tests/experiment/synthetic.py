@@ -261,7 +261,8 @@ def spdf(folder: Path) -> Path:
             base = 4.2 - 0.1 * sparsity + 0.01 * noise.standard_normal()
             records.append(record(arm, seed, base, experiment="spdf", sparsity=sparsity))
             for mode in ("dense", "sparse") if sparsity else ("dense",):
-                loss = base - 0.4 - (0.08 if mode == "dense" and sparsity else 0.0)
+                gain = 0.08 if mode == "dense" and sparsity else 0.0
+                loss = base - 0.4 - gain + 0.002 * noise.standard_normal()
                 grid = {"1e-3": loss + 0.02, "3e-4": loss, "1e-4": loss + 0.05}
                 records.append(finetuned(arm, seed, mode, loss, sparsity=sparsity, grid=grid))
     return write(
