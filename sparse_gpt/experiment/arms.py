@@ -155,7 +155,8 @@ def baseline_name(results: Results) -> str | None:
 def comparisons(results: Results) -> list[Comparison]:
     """All comparisons of the experiment, with p values corrected over all of them (Holm).
 
-    Pretraining: the pairs the experiment names, or each main arm against the baseline.
+    Pretraining: the pairs the experiment names; or each main arm against the baseline, and each
+    arm against those that were given its FLOPs.
     Fine-tuning: the same pairs, the other side fine-tuned densely, and dense against sparse
     fine-tuning of each arm.
     """
@@ -165,6 +166,8 @@ def comparisons(results: Results) -> list[Comparison]:
     wanted = results.about.compare
     if wanted is None:
         wanted = [(name, base) for name in main if base is not None and name != base]
+        matched = ((str((arm.any.match or {}).get("arm")), name) for name, arm in main.items())
+        wanted += [(given, name) for given, name in matched if given in main]
     split = _split(list(main.values()))
     for name, other in wanted:
         if name in main and other in main:

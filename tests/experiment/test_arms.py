@@ -45,6 +45,16 @@ def test_named_pairs_replace_the_default_ones(tmp_path):
     assert [(c.arm.name, c.against.name) for c in found] == [("a", "b")]
 
 
+def test_an_arm_meets_those_given_its_flops_by_default(tmp_path):
+    records = [record(name, s, 4.0 + s / 9) for name in ("dense", "wide", "longer") for s in (1, 2)]
+    for tree in records[4:]:
+        tree["match"] = {"arm": "wide", "by": "tokens", "settings": {"max_steps": 160}}
+    found = comparisons(results_of(tmp_path / "x", records))
+    pairs = {(c.arm.name, c.against.name) for c in found}
+    assert pairs == {("wide", "dense"), ("longer", "dense"), ("wide", "longer")}
+    assert len(found) == 3
+
+
 def test_fine_tuned_arms_meet_the_baseline_and_their_own_other_mode(tmp_path):
     results = read(synthetic.spdf(tmp_path / "spdf"))
     pairs = [
