@@ -21,6 +21,7 @@ from sparse_gpt.config.training import (
     LoggingConfig,
     OptimizerConfig,
     ScheduleConfig,
+    UnfreezingConfig,
 )
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "Section",
     "SparsityConfig",
     "StructureConfig",
+    "UnfreezingConfig",
     "UpdateConfig",
 ]

@@ -18,6 +18,7 @@ from sparse_gpt.config.training import (
     LoggingConfig,
     OptimizerConfig,
     ScheduleConfig,
+    UnfreezingConfig,
 )
 from sparse_gpt.errors import UserError
 from sparse_gpt.ift import FORMS, MEMBERS, Transform
@@ -56,6 +57,7 @@ class RunConfig(Section):
     sparsity: SparsityConfig = SparsityConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    unfreezing: UnfreezingConfig | None = None  # none = everything trains from step 1
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -103,6 +105,17 @@ class RunConfig(Section):
             raise ValueError(
                 "optimizer.growth: smet needs sparsity.storage: masked; set it, or set "
                 "optimizer.growth: global_step"
+            )
+        if self.unfreezing is not None and self.sparsity.algorithm != "static":
+            raise ValueError(
+                "unfreezing keeps masks as they are, and sparsity.algorithm: "
+                f"{self.sparsity.algorithm} moves them; set sparsity.algorithm: static or leave "
+                "unfreezing out"
+            )
+        if self.unfreezing is not None and self.deepspeed.zero_stage == 3:
+            raise ValueError(
+                "unfreezing steps groups of weights apart, which deepspeed.zero_stage 3 does not "
+                "let us; set deepspeed.zero_stage: 2 or lower"
             )
         lottery = self.sparsity.lottery
         if self.init_from is not None and lottery is not None and lottery.rewind is not None:
@@ -360,7 +373,13 @@ class RunConfig(Section):
             return s.warmup_steps
         if s.warmup_tokens is not None:
             return steps_for_tokens(s.warmup_tokens, self.batch(world_size), self.seq_len)
-        return fraction_of_steps(s.warmup_fraction or 0.0, self.total_steps(world_size))
+        return fraction_of_steps(s.warmup_fraction or 0.0, self.schedule_steps(world_size))
+
+    def schedule_steps(self, world_size: int) -> int:
+        """Steps after which the learning rate starts anew: a phase of unfreezing, or the run."""
+        if self.unfreezing is not None:
+            return self.unfreezing.every
+        return self.total_steps(world_size)
 
     def update_stop(self, world_size: int) -> int:
         """First step without topology updates: ceil of a fraction of all steps, or as given."""

@@ -74,6 +74,16 @@ class ScheduleConfig(Section):
         return self
 
 
+class UnfreezingConfig(Section):
+    """Gradual unfreezing (paper 003, section 4.3): see `train.unfreezing` for what trains when.
+
+    `every`: steps of a phase. Learning rate and warmup start anew with each.
+    """
+
+    every: Positive
+    tied_embedding: Literal["head", "embedding"] = "head"
+
+
 class DeepSpeedConfig(Section):
     """ZeRO, as DeepSpeed names it. Buckets are in elements.
 

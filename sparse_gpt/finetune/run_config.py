@@ -3,11 +3,13 @@
 import math
 
 from sparse_gpt.config import (
+    EvaluationConfig,
     IFTConfig,
     ModelConfig,
     RunConfig,
     SparsityConfig,
     StructureConfig,
+    UnfreezingConfig,
     UpdateConfig,
 )
 from sparse_gpt.config_file import construct
@@ -15,6 +17,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.ift import Transform
 from sparse_gpt.train.build import WeightSource, open_sources
+from sparse_gpt.train.unfreezing import phases
 
 
 def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) -> RunConfig:
@@ -28,7 +31,12 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
     batch = config.global_batch_size or config.micro_batch_size * world_size
     steps_per_epoch = max(1, math.ceil(sequences_per_epoch(config, seq_len) / batch))
     steps = config.max_steps or math.ceil((config.epochs or 1.0) * steps_per_epoch)
-    layers = source.layers if config.mode == "sparse" else {}
+    unfreezing = None
+    if config.mode == "gradual":
+        tied = config.tied_embedding
+        unfreezing = UnfreezingConfig(every=steps, tied_embedding=tied)
+        steps *= phases(gpt.n_layer)
+    layers = source.layers if config.keeps_masks else {}
     kept = [layer.active_weights / layer.weights for layer in layers.values()]
     structure = StructureConfig()
     for block in {layer.block for layer in layers.values()} - {(1, 1)}:
@@ -44,10 +52,6 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
         storage=config.storage,
         kernel=config.kernel,
     )
-    evaluation = config.evaluation
-    sources = [data for data, _ in open_sources(config.data)]
-    if evaluation.every is None and all("val" in data.splits for data in sources):
-        evaluation = evaluation.model_copy(update={"every": min(steps, steps_per_epoch)})
     return construct(
         RunConfig,
         "fine-tuning",
@@ -76,12 +80,28 @@ def run_config(config: FinetuneConfig, source: WeightSource, world_size: int) ->
         ift=_ift(gpt.transform),
         sparsity=sparsity,
         optimizer=config.optimizer,
-        schedule=config.schedule,
+        schedule=config.resolved_schedule,
+        unfreezing=unfreezing,
         deepspeed=config.deepspeed,
         checkpoint=config.checkpointing,
-        evaluation=evaluation,
+        evaluation=_evaluation(config, steps, unfreezing.every if unfreezing else steps_per_epoch),
         logging=config.logging,
     )
+
+
+def _evaluation(config: FinetuneConfig, steps: int, period: int) -> EvaluationConfig:
+    """Once a `period` (an epoch, or a phase) unless it says otherwise.
+
+    `gradual` keeps the best weights and never stops early: its patience is the whole run.
+    """
+    evaluation = config.evaluation or EvaluationConfig(patience=3)
+    sources = [data for data, _ in open_sources(config.data)]
+    if not all("val" in data.splits for data in sources):
+        keeps_nothing = config.mode == "gradual" and config.evaluation is None
+        return evaluation.model_copy(update={"patience": None}) if keeps_nothing else evaluation
+    every = evaluation.every or min(steps, period)
+    patience = steps if config.mode == "gradual" else evaluation.patience
+    return evaluation.model_copy(update={"every": every, "patience": patience})
 
 
 def _ift(transform: Transform | None) -> IFTConfig:

@@ -17,12 +17,12 @@ def open_source(path: Path) -> WeightSource:
     return open_checkpoint(path)
 
 
-def check_masks(checkpoint: str, layers: Sequence[SavedLayer]) -> None:
+def check_masks(mode: str, checkpoint: str, layers: Sequence[SavedLayer]) -> None:
     """Refuse weights without masks to keep, or with those of a sparsity yet to be reached."""
     if not layers:
-        raise UserError(f"mode: sparse, but {checkpoint} has no masks to keep; set mode: dense")
+        raise UserError(f"mode: {mode}, but {checkpoint} has no masks to keep; set mode: dense")
     problem = unfinished(layers)
     if problem:
         raise UserError(
-            f"mode: sparse, but {checkpoint} was {problem}; train it to the end, or set mode: dense"
+            f"mode: {mode}, but {checkpoint} was {problem}; train it to the end, or set mode: dense"
         )

@@ -34,8 +34,8 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     opened: list[WeightSource] = []
     on_every_rank(lambda: opened.append(open_source(config.checkpoint)), "checkpoint")
     source, run_dir = opened[0], config.run_dir
-    if config.mode == "sparse":
-        check_masks(str(config.checkpoint), list(source.layers.values()))
+    if config.keeps_masks:
+        check_masks(config.mode, str(config.checkpoint), list(source.layers.values()))
     elif problem := unfinished(source.layers.values()):
         log.warning("checkpoint %s was %s", config.checkpoint, problem)
     if dist.get_rank() == 0:

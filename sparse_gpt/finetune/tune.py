@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sparse_gpt.config import RunConfig
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.finetune.run_config import run_config, sequences_per_epoch
 from sparse_gpt.train.build import WeightSource
@@ -41,6 +42,7 @@ def _tune(
     layers = source.layers.values()
     weights = sum(layer.weights for layer in layers)
     active = sum(layer.active_weights for layer in layers)
+    unfreezing = trainer.config.unfreezing
     never = [layer.never_active_weights for layer in layers]
     results: dict[str, Any] = {
         "mode": config.mode,
@@ -55,7 +57,8 @@ def _tune(
         "stopped_early": state.finished,
         "validation_loss": trainer.state.best_loss,
         "optimizer": "fresh AdamW, zero moments",
-        "schedule": f"fresh {trainer.config.schedule.type}",
+        "schedule": describe_schedule(trainer.config),
+        "unfreezing": None if unfreezing is None else unfreezing.model_dump(),
         "sparse_layer_weights": weights,
         "weights_outside_masks": weights - active,
         # Outside every mask that pretraining had; None where the checkpoint does not say.
@@ -67,6 +70,12 @@ def _tune(
             results[split] = describe(trainer, split)
             say_result(trainer, config.mode, split, results[split])
     return results
+
+
+def describe_schedule(run: RunConfig) -> str:
+    """In words: `fresh cosine`, `fresh linear, rewound every 20 steps`."""
+    rewound = f", rewound every {run.unfreezing.every} steps" if run.unfreezing else ""
+    return f"fresh {run.schedule.type}{rewound}"
 
 
 def say_result(trainer: Trainer, mode: str, split: str, result: dict[str, Any]) -> None:

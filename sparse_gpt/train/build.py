@@ -155,11 +155,12 @@ def initialiser(
         if source is None:
             model.init_weights(config.seed, gathered)
         else:
+            parameter_of = source.parameter
             for name, parameter in model.named_parameters():
                 layer = layers.get(name)
                 layout = None if layer is None else layer.layout
                 read: list[Tensor] = []
-                together(lambda name=name, read=read: read.append(source.parameter(name)))
+                together(lambda name=name, read=read: read.append(parameter_of(name)))
                 with gathered(parameter) if gathered else nullcontext(), torch.no_grad():
                     weight = read[0]
                     parameter.copy_(weight if layout is None else layout.gather(weight))

@@ -19,7 +19,7 @@ from sparse_gpt.train import checkpoint_files as files
 from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.manifest import FORMAT, write_manifest
-from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps
+from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps, steps_by_phase
 from sparse_gpt.train.past_masks import load_past, past_masks
 from sparse_gpt.train.young_weights import YoungWeights
 
@@ -161,6 +161,7 @@ class Checkpointer:
             "step": step,
             "state": state,
             "optimizer_steps": optimizer_steps(self.shards.base_optimizer),
+            "phase_steps": steps_by_phase(self.shards.base_optimizer),
             "world_size": self.world_size,
             "gpt_config": dataclasses.asdict(self.gpt_config),
             "parameters": {name: self.shards.shape(name) for name in self.shards.parameters},
@@ -236,7 +237,8 @@ class Checkpointer:
             on_every_rank(lambda: self._copy_fragments(reader), f"checkpoint {path}")
             self.controller.zero_outside()
             self.shards.push_masters()
-        set_optimizer_steps(self.shards.base_optimizer, reader.manifest["optimizer_steps"])
+        steps = reader.manifest["optimizer_steps"], reader.manifest.get("phase_steps")
+        set_optimizer_steps(self.shards.base_optimizer, *steps)
         if reader.manifest.get("world_size") == self.world_size:
             _set_rng_state(reader.rng(self.rank))
         return reader.manifest

@@ -6,6 +6,7 @@ import socket
 import warnings
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sparse_gpt.config import RunConfig
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.ops import BlockLayout
+from sparse_gpt.train import unfreezing
 from sparse_gpt.train.optim import AdamW, build_optimizer, prime_optimizer
 
 logger = logging.getLogger(__name__)
@@ -146,7 +148,11 @@ def start_engine(
     """
     import deepspeed
 
-    optimizer = build_optimizer(model, config.optimizer, sparse)
+    phase_of = None
+    if config.unfreezing is not None:
+        tied, n_layer = config.unfreezing.tied_embedding, len(model.h)
+        phase_of = partial(unfreezing.phase_of, n_layer=n_layer, tied_embedding=tied)
+    optimizer = build_optimizer(model, config.optimizer, sparse, phase_of)
     if config.model.compile:
         if config.deepspeed.zero_stage == 3:
             raise UserError("model.compile: not with deepspeed.zero_stage 3; set one of them off")

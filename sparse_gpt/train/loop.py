@@ -23,7 +23,7 @@ from sparse_gpt.ops import BlockLayout
 from sparse_gpt.sparse_units import scoring_cost, solve
 from sparse_gpt.topology.controller import SavedMasks, UpdateReport
 from sparse_gpt.topology.shards import shards_of
-from sparse_gpt.train import build
+from sparse_gpt.train import build, unfreezing
 from sparse_gpt.train.checkpoint import Checkpointer
 from sparse_gpt.train.drift import check_drift, conversion
 from sparse_gpt.train.engine import (
@@ -81,7 +81,8 @@ class Trainer:
         self.solution = solve(config, self.vocab_size)
         self.gpt_config = config.gpt_config(self.vocab_size, self.solution.dims)
         self.train_data = self._dataset("train")
-        build.check_schedules(config, self.total_steps, self.warmup_steps)
+        self.schedule_steps = config.schedule_steps(self.world_size)
+        build.check_schedules(config, self.schedule_steps, self.warmup_steps)
         self.has_validation = all("val" in data.splits for data, _ in self.data)
         if self.has_validation:
             self._dataset("val")  # too short a split must not show at the first validation
@@ -285,6 +286,7 @@ class Trainer:
             if micro_step < accumulation - 1:
                 self.engine.step()
         finite = self.controller.before_step(step)
+        self._freeze(step)
         health = inspect_step(
             self.shards,
             loss_sum / accumulation,
@@ -301,6 +303,17 @@ class Trainer:
         self.engine.step()
         self.optimizer.hold = False
         return health, self.controller.after_step(self.optimizer)
+
+    def _freeze(self, step: int) -> None:
+        """Keep what gradual unfreezing has not reached yet out of step t."""
+        settings, n_layer = self.config.unfreezing, self.gpt_config.n_layer
+        if settings is None:
+            return
+        phase = self.optimizer.phase = unfreezing.phase_at(step, settings.every, n_layer)
+        tied = settings.tied_embedding
+        names = self.shards.parameters
+        frozen = [n for n in names if unfreezing.phase_of(n, n_layer, tied) > phase]
+        unfreezing.zero_gradients(self.shards, frozen)
 
     def _dry_run(self) -> None:
         """One step that changes nothing: out-of-memory and broken shapes show before step 1."""
@@ -321,7 +334,9 @@ class Trainer:
 
     def _set_lr(self, step: int) -> float:
         c = self.config
-        lr = learning_rate(c.schedule, c.optimizer.lr, step, self.warmup_steps, self.total_steps)
+        length = self.schedule_steps
+        place = (step - 1) % length + 1
+        lr = learning_rate(c.schedule, c.optimizer.lr, place, self.warmup_steps, length)
         active, weights = self.controller.counts()
         for group in self.optimizer.param_groups:
             group["lr"] = lr * weights / active if group.get("by_density") else lr

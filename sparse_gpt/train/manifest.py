@@ -66,6 +66,7 @@ class Manifest(_Strict):
     config: dict[str, Any]
     eos_id: int | None = None
     optimizer_steps: Count | None = None
+    phase_steps: list[Count] | None = None  # of the parameters of each phase of unfreezing
     world_size: Count | None = None
     global_batch_size: Count | None = None
     data: list[Any] | None = None

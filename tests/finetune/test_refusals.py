@@ -48,9 +48,24 @@ def test_data_of_another_tokenizer(other_tokenizer, pretrained, tmp_path):
         (["seq_len=64"], "seq_len 64 is longer than the 32 positions of the checkpoint"),
         (["schedule.warmup_steps=4"], "4 warmup steps"),
         (["epochs=1"], "give exactly one of epochs, max_steps"),
+        (["mode=gradual"], "leave max_steps out"),
+        (["mode=gradual", "max_steps=null", "evaluation.patience=2"], "leave evaluation.patience"),
+        (["mode=gradual", "max_steps=null", "deepspeed.zero_stage=3"], "zero_stage: 2 or lower"),
+        (["tied_embedding=embedding"], "tied_embedding is of mode: gradual"),
         (["optimiser.lr=1"], "did you mean 'optimizer'"),
     ],
-    ids=["batch", "bf16 stage 0", "seq_len", "warmup", "epochs and steps", "misspelt"],
+    ids=[
+        "batch",
+        "bf16 stage 0",
+        "seq_len",
+        "warmup",
+        "epochs and steps",
+        "gradual steps",
+        "gradual patience",
+        "gradual stage 3",
+        "tied",
+        "misspelt",
+    ],
 )
 def test_keys_that_do_not_fit(corpus, pretrained, tmp_path, overrides, said):
     assert said in refusal(corpus, tmp_path / "run", pretrained.run, *overrides)

@@ -11,7 +11,7 @@ import torch
 
 from sparse_gpt.train.checkpoint_files import list_steps, open_checkpoint
 from tests.finetune.conftest import SPARSE
-from tests.finetune.runs import export, pretrain, tune
+from tests.finetune.runs import export, pretrain, results_of, tune
 from tests.ranks import run_ranks
 from tests.tiny import document
 
@@ -84,6 +84,29 @@ def test_sparse_keeps_the_masks(corpus, pretrained, tmp_path):
         inside = sparse["weights"][name][pattern.active]
         assert not torch.equal(inside, sparse["before"]["weights"][name][pattern.active]), name
     assert sparse["results"]["weights_outside_masks_train"] is False
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_gradual_keeps_masks_and_unfreezes_all(corpus, pretrained, tmp_path, ranks):
+    """Two blocks, so four phases; stopped early by nothing, tested at its best."""
+    changes = ["mode=gradual", "max_steps=null", "epochs=0.02", "schedule=null"]
+    run = tmp_path / "run"
+    args = (corpus, str(run), str(pretrained.run), changes)
+    results = run_ranks(ranks, results_of, *args)[0]
+    every = results["unfreezing"]["every"]
+    assert results["unfreezing"] == {"every": every, "tied_embedding": "head"}
+    assert results["steps"] == 4 * every and every > 1
+    assert results["schedule"] == f"fresh linear, rewound every {every} steps"
+    assert list(validations(run)) == [every, 2 * every, 3 * every, 4 * every]
+    assert results["tested_step"] in validations(run)
+    assert results["weights_outside_masks_train"] is False
+    saved, now = open_checkpoint(pretrained.run), open_checkpoint(run)
+    for name, pattern in saved.patterns().items():
+        assert torch.equal(now.pattern(name).active, pattern.active), name
+    assert not torch.equal(now.parameter("wpe.weight"), saved.parameter("wpe.weight"))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [r["lr"] for r in records if r["kind"] == "train"]
+    assert rates == rates[:every] * 4 and rates[0] > rates[1]
 
 
 STORAGES = ("masked", "compact")
