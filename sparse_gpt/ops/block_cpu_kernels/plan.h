@@ -1,166 +1,18 @@
 // A call as a list of work: weights to write in order, matrices to pack, products, gradients.
 #pragma once
 
-#include <cstdlib>
-#include <new>
-#include <sys/mman.h>
 #include <vector>
 
-#include "multiply.h"
-#include "pack.h"
-#include "sums.h"
 #include "team.h"
+#include "work.h"
 
 constexpr int64_t kRangeSums = 2048;     // of 64 tokens, that a thread holds: 512 kB
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
 constexpr int64_t kSingleRows = 512;     // whose gradients stay in L2 for a sum over tokens
 constexpr int64_t kSumTiles = 8;         // that one sum over tokens runs through
-constexpr int64_t kNearFloats = 1 << 18;   // of tiles that stay in L2 beside sums
+constexpr int64_t kNearFloats = 1 << 18;  // of tiles that stay in L2 beside sums
 constexpr int64_t kTilesAtOnce = 4;      // that a weight meets when it comes by
-constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kPartFloats = 4 << 20;  // that packed tiles may take, if kSumTiles fit
-
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-// The blocks of a weight as a pass reads them: in its order, as lanes of outputs_at_once.
-struct Values {
-    const void* data;  // [blocks][b_out][b_in]
-    int64_t blocks;
-    int32_t b_out, b_in;
-    bool turned;  // the pass is over the transpose
-    bool half, pairs;
-    Order order;
-    int64_t rows;    // block rows of the pass
-    int64_t at = 0;  // in the scratch memory
-
-    bool single() const { return b_out == 1 && b_in == 1; }
-    int64_t units() const { return (turned ? b_out : b_in) / (pairs ? 2 : 1); }
-    int64_t outputs() const { return turned ? b_in : b_out; }
-    int64_t floats() const {
-        if (single()) return Singles::floats(rows, blocks, order.bands);
-        return blocks * outputs() * units();
-    }
-    Singles singles(float* base) const { return {order, rows, blocks, base + at}; }
-
-    void write(int64_t block, float* base) const {
-        const int64_t size = static_cast<int64_t>(b_out) * b_in, from = order.slots[block] * size;
-        float* to = base + at + block * outputs() * units();
-        // Between neighbours of a sum, and between outputs.
-        const int64_t step = turned ? b_in : 1, across = turned ? 1 : b_in;
-        const int once = outputs_at_once(static_cast<int>(outputs()));
-        const float* whole = static_cast<const float*>(data) + from;
-        const uint16_t* halves = static_cast<const uint16_t*>(data) + from;
-        for (int64_t output = 0; output < outputs(); output += once)
-            for (int64_t unit = 0; unit < units(); ++unit)
-                for (int64_t o = output; o < output + once; ++o)
-                    if (!half)
-                        *to++ = whole[o * across + unit * step];
-                    else if (!pairs)
-                        *to++ = wide(halves[o * across + unit * step]);
-                    else
-                        *to++ = pair_of(halves[o * across + 2 * unit * step],
-                                        halves[o * across + (2 * unit + 1) * step]);
-    }
-};
-
-// A matrix [tokens, features] and the tiles it is packed into.
-struct Packing {
-    enum Kind { kFloats, kPanels, kFeaturePairs, kTokenPairs, kPairPanels };
-    Matrix from;
-    int64_t features;
-    Kind kind;
-    int64_t at = 0;  // in the scratch memory
-
-    // Floats of a tile.
-    int64_t step() const { return features * (kind <= kPanels ? kTile : kTile / 2); }
-
-    void pack(int64_t start, int64_t tokens, int64_t first, int64_t last, float* tile) const {
-        constexpr decltype(&pack_floats) by_kind[] = {pack_floats, pack_panels, pack_feature_pairs,
-                                                      pack_token_pairs, pack_pair_panels};
-        by_kind[kind](from, start, tokens, first, last, tile);
-    }
-};
-
-// One weight in a sum: tiles of `packing` times `values`.
-struct Term {
-    int packing, values;  // their numbers
-};
-
-// A matrix [tokens, rows * b] that is the sum of terms.
-struct Product {
-    std::vector<Term> terms;
-    Output output;
-    int64_t rows;
-    int32_t b;  // outputs a block row
-};
-
-// The gradients of a weight's values and bias, or of one of them.
-struct Sum {
-    int dy, x;  // numbers of packings; x is -1 where only the bias is asked for
-    Order order;
-    int64_t rows;
-    int32_t b_out, b_in;
-    int64_t blocks;
-    void* values;  // fp32 or bf16 [blocks][b_out][b_in], or null
-    void* bias;    // [rows * b_out], or null
-    float* value_sums = nullptr;  // fp32: `values` itself, or scratch memory
-    float* bias_sums = nullptr;
-
-    bool single() const { return b_out == 1 && b_in == 1; }
-    Singles singles() const { return {order, rows, blocks, value_sums}; }
-};
-
-// A band of single weights of a range of rows, of values or of a sum, that is to be arranged.
-struct Arrangement {
-    const Values* values;
-    const Sum* sum;
-    int64_t first, last;
-    int32_t band;
-};
-
-// Something first .. last of one of several things.
-struct Range {
-    int64_t of, first, last;
-};
-
-// What is worked on at once: as many tiles as scratch memory takes.
-struct Part {
-    int64_t start, tiles;
-};
-
-// Fresh memory that is about to be written comes in pages of 2 MB, where the system has them.
-static inline void use_huge_pages(void* data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    if (!data || bytes < 4 * kHugePage) return;
-    const uintptr_t first = reinterpret_cast<uintptr_t>(data), page = kHugePage;
-    const uintptr_t begin = (first + page - 1) / page * page, end = (first + bytes) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a wish
-#endif
-}
-
-// Memory that a calling thread keeps between calls: fresh pages would cost more than packing does.
-class Scratch {
-public:
-    ~Scratch() { std::free(data_); }
-
-    float* floats(int64_t count) {
-        if (count > size_) {
-            std::free(data_);
-            data_ = nullptr;
-            size_ = 0;
-            const size_t bytes = static_cast<size_t>(round_up(count * 4, kHugePage));
-            if (posix_memalign(&data_, kHugePage, bytes)) throw std::bad_alloc();
-            use_huge_pages(data_, bytes);
-            size_ = count;
-        }
-        return static_cast<float*>(data_);
-    }
-
-private:
-    void* data_ = nullptr;
-    int64_t size_ = 0;
-};
 
 class Plan {
 public:
@@ -241,7 +93,8 @@ private:
         for (const Product& p : products) outputs += p.rows * p.b;
         int64_t inputs = 0;  // floats of a tile of a product
         for (const Product& p : products)
-            for (const Term& term : p.terms) inputs = std::max(inputs, packings[term.packing].step());
+            for (const Term& term : p.terms)
+                inputs = std::max(inputs, packings[term.packing].step());
         const int64_t near = std::max<int64_t>(1, kNearFloats / std::max<int64_t>(1, inputs));
         const int64_t at_once = single() ? std::min(kTilesAtOnce, near) : kTilesAtOnce;
         panel_ = std::clamp<int64_t>(tiles_ / (2 * threads), 1, at_once);
@@ -250,7 +103,8 @@ private:
         const int64_t most = std::min(kRangeSums / panel_, round_up(wanted, 16));
         for (const Product& p : products) {
             const int64_t ranges = ceil_div(p.rows * p.b, std::max<int64_t>(most, 1));
-            const int64_t rows = std::max<int64_t>(1, std::min(most / p.b, ceil_div(p.rows, ranges)));
+            const int64_t even = std::min(most / p.b, ceil_div(p.rows, ranges));
+            const int64_t rows = std::max<int64_t>(1, even);
             const size_t made = ranges_.size();
             split(p.rows, rows, &p - products.data(), &ranges_);
             for (const Term& term : p.terms)

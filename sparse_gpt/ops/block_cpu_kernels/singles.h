@@ -109,8 +109,10 @@ static inline void fetch(const float* at) {
 // sums [R rows][V vectors] += weights * inputs of a band. The rows' weights follow one another, of
 // each at least as many as of the one before.
 template <int R, int V>
-__attribute__((always_inline)) static inline void add_singles(const Singles::Row* row, const float* weights,
-                               const uint8_t* columns, const float* x, float* sums) {
+__attribute__((always_inline)) static inline void add_singles(const Singles::Row* row,
+                                                              const float* weights,
+                                                              const uint8_t* columns,
+                                                              const float* x, float* sums) {
     Vec acc[R][V];
     const float* weight[R];
     const uint8_t* column[R];

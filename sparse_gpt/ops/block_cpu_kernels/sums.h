@@ -24,6 +24,8 @@ static inline bool by_panel(int32_t outputs, int32_t inputs) {
     return outputs % 16 == 0 && inputs % kPanel == 0;
 }
 
+// Where a sum goes, a slot, is fetched before it is made: slots are anywhere in memory.
+
 // Four floats at `to`, or their sum with what is there.
 static inline void put_four(const float* sums, bool add, float* to) {
     for (int i = 0; i < 4; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
@@ -73,6 +75,9 @@ static void outer_rows(const Gradient& g, int64_t first, int64_t last) {
             for (int64_t b = starts[0]; b < starts[1]; ++b) {
                 const float* x = g.x.data + static_cast<int64_t>(g.order.columns[b]) * g.inputs * width;
                 float* to = g.values + g.order.slots[b] * size;
+                if (b + 1 < starts[1])  // its slot is anywhere
+                    for (int64_t i = 0; i < size; i += 16)
+                        __builtin_prefetch(g.values + g.order.slots[b + 1] * size + i, 1, 2);
                 for (int input = 0; input < g.inputs; input += kPanel)
                     for (int output = 0; output < g.outputs; output += R)
                         outer_products<Lane, R>(g, dy + output * width, x + input * width,
@@ -126,6 +131,8 @@ static void dot_rows(const Gradient& g, int64_t first, int64_t last) {
                     for (int c = 0; c < 4; ++c) x[c] = g.x.data + (column + input + c) * width;
                     float* to = g.values + g.order.slots[b] * size + input;
                     for (int output = 0; output < g.outputs; output += 4) {
+                        for (int r = 0; r < 4; ++r)
+                            __builtin_prefetch(to + static_cast<int64_t>(output + r) * g.inputs, 1);
                         dot_tokens<Lane, 4, 4>(g, dy + output * width, x, sums);
                         for (int r = 0; r < 4; ++r)
                             put_four(sums + 4 * r, g.add, to + static_cast<int64_t>(output + r) * g.inputs);
@@ -162,6 +169,8 @@ static void dot_any_rows(const Gradient& g, int64_t first, int64_t last) {
                     }
                 }
                 for (int output = 0; output < g.outputs; output += R) {
+                    for (int64_t r = output; r < output + R; ++r)
+                        for (int c = 0; c < count; ++c) __builtin_prefetch(to[c] + r * g.inputs, 1);
                     dot_tokens<Lane, R, C>(g, dy + output * width, x, sums);
                     for (int r = 0; r < R; ++r)
                         for (int c = 0; c < count; ++c) {
