@@ -15,6 +15,15 @@ MEMBERS = {
     "doped": "Sparse Doped",
     "low_rank": "Low Rank",
 }
+METHODS = {
+    "set": "SET",
+    "rigl": "RigL",
+    "granet": "GraNet",
+    "gmp": "GMP",
+    "ac_dc": "AC/DC",
+    "top_kast": "Top-KAST",
+    "search_spaces": "search spaces",
+}
 MAIN = "main"
 EQUAL_FLOPS = 0.01  # whole-model FLOPs that differ by no more than this share are called equal
 
@@ -208,5 +217,6 @@ def transformation(record: Record) -> tuple[str, float]:
 
 def method(record: Record) -> str:
     """The sparse training method, or a dash."""
+    name = str(record.section("sparsity").get("algorithm", "-"))
     sparse = record.model is not None and record.model.sparsity_nominal > 0
-    return str(record.section("sparsity").get("algorithm", "-")).upper() if sparse else "-"
+    return METHODS.get(name, name) if sparse else "-"

@@ -120,7 +120,7 @@ def end_to_end(trained: list[Arm]) -> Table:
                 cell(row.flops_per_sequence, "{:.4e}"),
                 cell(row.flops, "{:.4e}"),
                 Cell("3", 3.0),
-                Cell(f"{row.perplexity} ± {row.spread} (a token's or a word's)", row.perplexity),
+                Cell(f"{row.perplexity} ± {row.spread}", row.perplexity),
                 Cell("-"),
             ]
         )

@@ -32,6 +32,11 @@ def answer(results: Results, found: Sequence[Comparison]) -> list[str]:
     if mixed and not any(c.equal_flops for c in mixed):
         sentences.append("No sparse model was compared with a dense one of equal FLOPs yet.")
     sentences += _ranking(results)
+    splits = " and ".join(dict.fromkeys(SPLIT_NAMES[c.split] for c in found))
+    sentences.append(
+        f"In brackets: mean differences in {splits} loss, nats a token, negative where the first "
+        "arm is better; findings by paired t tests after Holm's correction."
+    )
     if results.missing:
         sentences.append(
             f"This is preliminary: {len(results.missing)} of {len(results.plan or [])} planned "
