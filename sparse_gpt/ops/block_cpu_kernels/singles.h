@@ -192,8 +192,7 @@ template <int G>
 static void dot_singles(const Singles& s, int32_t band, int64_t first, int64_t last,
                         Tiles<const float> dy, Tiles<const float> x, bool add, Ahead ahead) {
     constexpr int V = kTile / kLanes;
-    Vec found[16];
-    int held = 0;
+    Vec found[16], *place = found;
     const int32_t start = s.order.starts[band * s.rows + first];
     const Singles::Row* row = s.sequence + band * s.rows + first;
     const uint8_t* column = s.columns + start;
@@ -207,7 +206,7 @@ static void dot_singles(const Singles& s, int32_t band, int64_t first, int64_t l
         else
             for (int i = 0; i < count; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
         to += count;
-        held = 0;
+        place = found;
     };
     for (const Singles::Row* end = row + (last - first); row < end; ++row) {
         ahead.step();
@@ -223,16 +222,20 @@ static void dot_singles(const Singles& s, int32_t band, int64_t first, int64_t l
             const float* in = x.data + static_cast<int64_t>(*column) * kTile;
             Vec acc[2];
             UNROLL
-            for (int g = 0; g < G; ++g)
+            for (int g = 0; g < G; ++g) {
+                const float* at = in + g * x.step;
+                asm("" : "+r"(at));  // one register, no index: a load and its product stay one
                 UNROLL
                 for (int v = 0; v < V; ++v) {
-                    const Vec product = left[g][v] * load(in + g * x.step + v * kLanes);
+                    const Vec product = left[g][v] * load(at + v * kLanes);
                     acc[v % 2] = g == 0 && v < 2 ? product : acc[v % 2] + product;
                 }
-            found[held] = acc[0] + acc[1];
-            if (++held == 16) put(16);
+            }
+            *place++ = acc[0] + acc[1];
+            if (place == found + 16) put(16);
         }
     }
+    const int held = static_cast<int>(place - found);
     for (int i = held; i < 16; ++i) found[i] = Vec{};
     if (held) put(held);
 }
