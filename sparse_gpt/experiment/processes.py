@@ -89,6 +89,7 @@ class Processes:
         """`keep`: file descriptors the processes inherit. `launcher`: see the module."""
         self._file: IO[bytes] = open(log, "ab")  # noqa: SIM115 - closed in end()
         self._ranks: list[subprocess.Popen[bytes]] = []
+        self._asked = False
         command = [sys.executable, str(ROOT / script), *arguments]
         common = {"OMP_NUM_THREADS": str(max(1, len(slot.cores) // ranks))}
         if slot.gpus:
@@ -143,7 +144,10 @@ class Processes:
         return None if None in codes else 0
 
     def terminate(self) -> None:
-        """Ask all ranks to end."""
+        """Ask all ranks to end, once: a second signal would end them without saving."""
+        if self._asked:
+            return
+        self._asked = True
         for process in self._ranks:
             if process.poll() is None:
                 process.terminate()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparse_gpt.config_file import dump_yaml
 from sparse_gpt.durable import write_json
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import EXIT_STOPPED, UserError
 from sparse_gpt.experiment.corpora import Corpora
 from sparse_gpt.experiment.identity import changes, config_tree
 from sparse_gpt.experiment.plan import Run
@@ -148,7 +148,8 @@ class Runner:
             del self._on_slot[index]
             try:
                 if code:
-                    raise UserError(f"exit code {code}")
+                    stopped = ", stopped on request; start again to go on"
+                    raise UserError(f"exit code {code}{stopped if code == EXIT_STOPPED else ''}")
                 record = self.records.write(job.run, self.corpora)
             except UserError as error:
                 job.state = "failed"
