@@ -24,6 +24,9 @@ def main() -> int:
     parser.add_argument(
         "--list", action="store_true", help="show the plan, FLOPs, times and what is done"
     )
+    parser.add_argument(
+        "--page", action="store_true", help="make tables, plots and page anew from the records"
+    )
     parser.add_argument("--work", type=Path, help="checkpoints and logs (runs/experiments)")
     parser.add_argument("--results", type=Path, help="records and tables (docs/results)")
     args = parser.parse_intermixed_args()
@@ -32,8 +35,11 @@ def main() -> int:
     if args.jobs is not None and args.jobs < 1:
         raise UserError(f"--jobs: {args.jobs} is not a positive number")
 
-    from sparse_gpt.experiment.run import RESULTS, WORK, run_experiment
+    from sparse_gpt.experiment.run import RESULTS, WORK, remake_page, run_experiment
 
+    if args.page:
+        remake_page(args.experiment, overrides, args.results or RESULTS)
+        return 0
     return run_experiment(
         args.experiment,
         overrides,

@@ -73,6 +73,12 @@ def run_experiment(
         lock.release()
 
 
+def remake_page(path: Path | str, overrides: Sequence[str] = (), results: Path = RESULTS) -> None:
+    """Tables, plots and page of an experiment from its records, without running anything."""
+    experiment = load_experiment(path, list(overrides))
+    print(f"page: {write(results / experiment.name)}", flush=True)
+
+
 def describe(experiment: Experiment, planner: Planner, results: Path, path: Path) -> None:
     """What the page says besides the records: the question, and which runs there will be."""
     about = {

@@ -12,6 +12,7 @@ import pytest
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.page import write
+from sparse_gpt.experiment.run import remake_page
 from tests.experiment import synthetic
 
 VOID = {"meta", "img", "source", "br", "link", "input"}
@@ -173,6 +174,14 @@ def test_bad_records_are_refused_by_name_and_the_others_shown(tmp_path):
         assert f"Refused: {name}.json: " in text
     assert "renamed.json: it calls itself 'dense-s1'" in text
     assert "1 finished run." in text
+
+
+def test_the_command_makes_the_page_anew_from_the_records(tmp_path, capsys):
+    folder = synthetic.write(tmp_path / "results" / "iso_flop", [synthetic.record("dense", 1, 4.0)])
+    config = "configs/experiments/small/iso_flop.yaml"
+    remake_page(Path(__file__).resolve().parents[2] / config, results=folder.parent)
+    assert capsys.readouterr().out == f"page: {folder / 'index.html'}\n"
+    assert "1 finished run." in Parsed((folder / "index.html").read_text("utf-8")).text
 
 
 def test_a_folder_that_is_none_is_an_error(tmp_path):
