@@ -21,6 +21,7 @@ from sparse_gpt.config.training import (
     LoggingConfig,
     OptimizerConfig,
     ScheduleConfig,
+    TimeoutsConfig,
     UnfreezingConfig,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "Section",
     "SparsityConfig",
     "StructureConfig",
+    "TimeoutsConfig",
     "UnfreezingConfig",
     "UpdateConfig",
 ]

@@ -18,6 +18,7 @@ from sparse_gpt.config.training import (
     LoggingConfig,
     OptimizerConfig,
     ScheduleConfig,
+    TimeoutsConfig,
     UnfreezingConfig,
 )
 from sparse_gpt.errors import UserError
@@ -60,6 +61,7 @@ class RunConfig(Section):
     unfreezing: UnfreezingConfig | None = None  # none = everything trains from step 1
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     peak_tflops: Annotated[float, Field(gt=0)] | None = None  # a device's, for MFU

@@ -134,6 +134,28 @@ class CheckpointConfig(Section):
         return value
 
 
+class TimeoutsConfig(Section):
+    """Seconds after which ranks that wait for another one end, and name it.
+
+    `exchange`: a single exchange between ranks, and the start of all of them. `progress`: a
+    micro-step, an optimizer step with its topology update, or a batch of validation.
+    `silence`: a rank whose node gives no sign of life.
+    """
+
+    exchange: Annotated[float, Field(gt=0.0)] = 1800.0
+    progress: Annotated[float, Field(gt=0.0)] = 1200.0
+    silence: Annotated[float, Field(ge=2.0)] = 60.0
+
+    @model_validator(mode="after")
+    def _check(self) -> "TimeoutsConfig":
+        if self.progress >= self.exchange:
+            raise ValueError(
+                f"progress {self.progress:g} must be shorter than exchange {self.exchange:g}: what "
+                "is stuck is found while the others still wait"
+            )
+        return self
+
+
 class EvaluationConfig(Section):
     """Validation loss on the held-out split, every so many steps and at the end.
 

@@ -17,6 +17,7 @@ FREE = (
     "micro_batch_size",
     "data.*.path",
     "checkpoint.*",
+    "timeouts.*",
     "evaluation.every",
     "evaluation.sequences",
     "evaluation.final",

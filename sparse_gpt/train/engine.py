@@ -6,13 +6,14 @@ import socket
 import warnings
 from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from sparse_gpt.config import RunConfig
+from sparse_gpt.config import RunConfig, TimeoutsConfig
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPT, GPTConfig
 from sparse_gpt.ops import BlockLayout
@@ -22,11 +23,12 @@ from sparse_gpt.train.optim import AdamW, build_optimizer, prime_optimizer
 logger = logging.getLogger(__name__)
 
 
-def init_ranks() -> torch.device:
+def init_ranks(timeout: float | None = None) -> torch.device:
     """Join the other ranks; returns this rank's device. One process without a launcher is one rank.
 
-    gloo on CPUs, NCCL on GPUs. On CPUs DeepSpeed's shared-memory operation is left out: it needs
-    a compiler and gains nothing here.
+    `timeout`: seconds for the others to come, and for each exchange (default: that of
+    `TimeoutsConfig`). gloo on CPUs, NCCL on GPUs. On CPUs DeepSpeed's shared-memory operation is
+    left out: it needs a compiler and gains nothing here.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -49,7 +51,11 @@ def init_ranks() -> torch.device:
     if not on_gpu:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo",
+            verbose=False,
+            timeout=timedelta(seconds=timeout or TimeoutsConfig().exchange),
+        )
     if not on_gpu:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))

@@ -1,6 +1,7 @@
 """Loss over a held-out split, by the engine that trains."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,9 +32,15 @@ def to_device(batch: Batch, device: torch.device) -> dict[str, Any]:
 
 
 def evaluate(
-    engine: Any, dataset: PackedDataset, batch_size: int, sequences: int | None = None
+    engine: Any,
+    dataset: PackedDataset,
+    batch_size: int,
+    sequences: int | None = None,
+    on_batch: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Mean loss over (the first `sequences`) whole windows of a split. A collective.
+
+    `on_batch` is called before each batch.
 
     Sums run in float64, so the result depends on the number of ranks by rounding alone.
     """
@@ -42,6 +49,7 @@ def evaluate(
     engine.eval()
     with torch.no_grad():
         for batch in eval_batches(dataset, batch_size, rank, world_size, sequences):
+            on_batch()
             totals[0] += engine(**to_device(batch, engine.device), reduction="sum").double()
             totals[1] += int((batch["targets"] != IGNORED_TARGET).sum())
     engine.train()

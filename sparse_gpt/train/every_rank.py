@@ -5,7 +5,9 @@ import socket
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import torch.distributed as dist
 
@@ -14,6 +16,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.train.build import open_sources
 from sparse_gpt.train.first_rank import on_first_rank
 
+Result = TypeVar("Result")
 LOOK_SECONDS = 5.0  # a network file system may show a new file late
 
 
@@ -39,6 +42,38 @@ def on_every_rank(action: Callable[[], object], where: str) -> None:
     if len(said) < len(met):
         text += f" (rank {rank} on {met[rank][1]}; {len(said)} of {len(met)} ranks)"
     raise UserError(text)
+
+
+@dataclass(frozen=True)
+class Read(Generic[Result]):
+    """What a rank read before it could tell the others; None, and the problem, where it failed."""
+
+    value: Result | None
+    problem: UserError | OSError | None
+
+    def on_every_rank(self, where: str) -> Result:
+        """The value, if every rank has one; `UserError` on all of them otherwise. A collective."""
+        on_every_rank(self._raise, where)
+        assert self.value is not None
+        return self.value
+
+    def _raise(self) -> None:
+        if self.problem is not None:
+            raise self.problem
+
+
+def read_first(action: Callable[[], Result]) -> Read[Result]:
+    """Run `action` on this rank, before or after the ranks have met.
+
+    A problem waits until they have: a rank that left before would be waited for. Where there is
+    no launcher, nobody waits, and it is raised.
+    """
+    try:
+        return Read(action(), None)
+    except (UserError, OSError) as problem:
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise
+        return Read(None, problem)
 
 
 def check_nodes(config: RunConfig) -> None:

@@ -44,6 +44,7 @@ from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.provenance import write_provenance
 from sparse_gpt.train.signals import StopRequests, deadline_of, describe
 from sparse_gpt.train.throughput import Throughput
+from sparse_gpt.train.watch import Watch
 
 
 @dataclass
@@ -65,13 +66,14 @@ class Trainer:
 
     def __init__(self, config: RunConfig, source: build.WeightSource | None = None) -> None:
         self.config = config
-        self.device = init_ranks()
+        self.device = init_ranks(config.timeouts.exchange)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.precision = resolve_precision(config, self.device)
         deadline = deadline_of(
             config.checkpoint.deadline, config.checkpoint.deadline_margin, time.time()
         )
         self.stop_requests = StopRequests(config.run_dir, deadline, self.rank == 0)
+        self.watch = Watch(config.timeouts)
         self.total_steps = config.total_steps(self.world_size)
         self.warmup_steps = config.warmup_steps(self.world_size)
         self.run_dir = config.run_dir
@@ -184,6 +186,10 @@ class Trainer:
 
         Raises `Stopped` on every rank, after a save, where any rank was asked to stop.
         """
+        with self.watch:
+            return self._fit()
+
+    def _fit(self) -> TrainState:
         config, state = self.config, self.state
         self._resume()
         self.checkpointer.check_space(best=config.evaluation.patience is not None)
@@ -195,7 +201,7 @@ class Trainer:
                 self.metrics.say(f"nothing to do: the run ended at step {state.step}")
                 return state
             self._dry_run()
-            stops = torch.tensor(self.stop_requests.flags(state.step), device=self.device)
+            stops = torch.tensor(self.stop_requests.flags(), device=self.device)
             dist.all_reduce(stops)
             if any(stops.tolist()):
                 self._stop(stops.tolist())
@@ -229,7 +235,10 @@ class Trainer:
         try:
             for step in range(state.step + 1, last_step + 1):
                 lr = self._set_lr(step)
+                self.watch.step = step
+                self.stop_requests.begin(step)
                 health, update = self._step(step, batches)
+                self.watch.rest()
                 flops = self._account(step, health)
                 nonfinite = 0 if health.finite else nonfinite + 1
                 if nonfinite >= config.optimizer.max_nonfinite_steps:
@@ -279,12 +288,14 @@ class Trainer:
         self.controller.begin_step(step)
         self._step_weights = self.controller.step_weights(step)
         for micro_step in range(accumulation):
+            self.watch.mark()
             batch = to_device(next(batches), self.device)
             loss = self.engine(**batch)
             self.engine.backward(loss)
             loss_sum += loss.detach()
             if micro_step < accumulation - 1:
                 self.engine.step()
+        self.watch.mark()
         finite = self.controller.before_step(step)
         self._freeze(step)
         health = inspect_step(
@@ -292,7 +303,7 @@ class Trainer:
             loss_sum / accumulation,
             finite,
             self.controller.square_sum,
-            self.stop_requests.flags(step),
+            self.stop_requests.flags(),
         )
         self.optimizer.hold = not health.finite or self.controller.holds_step(step)
         if health.finite:
@@ -356,7 +367,12 @@ class Trainer:
     def evaluate(self, split: str, sequences: int | None = None) -> Evaluation:
         """Mean loss over a split's whole windows of `seq_len`. A collective."""
         dataset = self._dataset(split)
-        return evaluate(self.engine, dataset, self.config.micro_batch_size, sequences)
+        try:
+            return evaluate(
+                self.engine, dataset, self.config.micro_batch_size, sequences, self.watch.mark
+            )
+        finally:
+            self.watch.rest()
 
     def _validation_due(self, step: int) -> bool:
         # Never because of stop_at: a run that stops and goes on validates when any other does.

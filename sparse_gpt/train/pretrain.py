@@ -10,7 +10,7 @@ from sparse_gpt.errors import Stopped
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.plan import plan, render
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
-from sparse_gpt.train.every_rank import check_nodes
+from sparse_gpt.train.every_rank import check_nodes, read_first
 from sparse_gpt.train.loop import Trainer, TrainState
 from sparse_gpt.train.results import final_results
 
@@ -21,10 +21,14 @@ def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainSta
     Prints the resolved configuration and the plan first. Raises `UserError` for bad input, and
     `Stopped` where the run was asked to stop.
     """
-    config = load_config(config_path, list(overrides))
-    source = ImportedWeights(config.init_from) if config.init_from else None
-    init_ranks()
+    read = read_first(lambda: load_config(config_path, list(overrides)))
+    init_ranks(read.value.timeouts.exchange if read.value is not None else None)
     log_on_first_rank()
+    config = read.on_every_rank(str(config_path))
+    source = None
+    if config.init_from is not None:
+        weights = config.init_from
+        source = read_first(lambda: ImportedWeights(weights)).on_every_rank("init_from")
     check_nodes(config)
     trainer = Trainer(config, source)
     trainer.metrics.say(dump_yaml(config).rstrip())

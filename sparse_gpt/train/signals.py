@@ -75,7 +75,7 @@ class _Process:
                 )
         elif now - self.first > BURST:
             _say(
-                f"{number.name} again: ended at once in or after step {self.step}; a later start "
+                f"{number.name} again: ended at once in step {self.step}; a later start "
                 "goes on from the last checkpoint"
             )
             os._exit(128 + number)
@@ -118,12 +118,12 @@ class StopRequests:
         self.deadline = deadline
         self._looked, self._found = 0.0, [False, False]
 
-    def flags(self, step: int) -> list[float]:
-        """One number for each of `REASONS`: 1.0 where this rank asks to stop.
-
-        `step`: the one being made, to be named should the process end at once.
-        """
+    def begin(self, step: int) -> None:
+        """Name the step being made, should the process end at once in it."""
         _process.step = step
+
+    def flags(self) -> list[float]:
+        """One number for each of `REASONS`: 1.0 where this rank asks to stop."""
         now = time.monotonic()
         if not self._looked or now - self._looked >= LOOK_SECONDS:
             self._looked = now

@@ -133,7 +133,7 @@ def test_a_second_signal_ends_at_once_and_the_last_checkpoint_stays(tmp_path, ti
             time.sleep(0.02)
         # The launcher gives the hung rank 30 s.
         assert launch.wait(90).returncode == 128 + signal.SIGTERM, launch.output
-        assert "SIGTERM again: ended at once in or after step 12" in launch.output
+        assert "SIGTERM again: ended at once in step 12" in launch.output
     assert saved_steps(run) == [EVERY]
 
 
@@ -144,7 +144,7 @@ def test_a_deadline(tmp_path, tiny):
     with start_deepspeed(SCRIPT, [config, "max_steps=100000"], RANKS) as launch:
         assert launch.wait(240).returncode == EXIT_STOPPED, launch.output
         assert "asked by the deadline (" in launch.output
-    assert -3.5 <= (datetime.now() - at).total_seconds() < 20
+    assert -3.5 <= (datetime.now() - at).total_seconds() < 60
     assert saved_steps(run)
 
 

@@ -33,12 +33,12 @@ from sparse_gpt.train.signals import StopRequests, listen
 def main():
     listen()
     requests = StopRequests(Path(sys.argv[2]), None, True)
-    requests.flags(7)
+    requests.begin(7)
     print("ready", flush=True)
     while True:
         time.sleep(0.02)
-        if "stuck" not in sys.argv and any(requests.flags(8)):
-            print(requests.flags(8), flush=True)
+        if "stuck" not in sys.argv and any(requests.flags()):
+            print(requests.flags(), flush=True)
             requests.end()
             if "saved" in sys.argv:
                 time.sleep(60)
@@ -96,7 +96,7 @@ def test_a_signal_passed_on_by_the_launcher_is_no_second_one(tmp_path):
         process.send_signal(signal.SIGTERM)
         code, _, said = ended(process)
     assert code == 128 + signal.SIGTERM
-    assert "SIGTERM again: ended at once in or after step 7" in said
+    assert "SIGTERM again: ended at once in step 7" in said
 
 
 def test_a_signal_after_the_save_ends_at_once(tmp_path):
@@ -114,7 +114,7 @@ def test_a_stop_file(tmp_path):
         code, out, _ = ended(process)
     assert code == EXIT_STOPPED
     assert json.loads(out)[REASONS.index("the file STOP in the run folder")] == 1.0
-    assert not any(StopRequests(tmp_path, None, first_rank=False).flags(1))
+    assert not any(StopRequests(tmp_path, None, first_rank=False).flags())
 
 
 def test_a_worker_whose_launcher_is_killed_asks_to_stop(tmp_path):

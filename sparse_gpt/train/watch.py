@@ -1,0 +1,278 @@
+"""Ranks that die or hang: the others learn which, and end.
+
+Rank 0 keeps a small store. Every rank writes a sign of life there once a second, and looks for a
+verdict: the one text that says which rank was lost. Ranks of one node see each other's processes,
+so that one which is killed is named within seconds; a node that is lost has been silent for
+`timeouts.silence`; a rank that hangs has made no headway for `timeouts.progress`.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from types import FrameType, TracebackType
+from typing import Any
+
+import psutil
+import torch.distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+from sparse_gpt.config import TimeoutsConfig
+from sparse_gpt.errors import Stopped, UserError
+
+BEAT_SECONDS = 1.0
+GRACE_SECONDS = 5.0  # for the main thread to end by itself, once there is a verdict
+TELL_SECONDS = 3.0  # for a finding to reach the store
+OWN_DELAY = 5.0  # a thread that slept longer than that was itself not let run
+EXIT_LOST = 1
+VERDICT = "verdict"
+
+
+class LostRank(RuntimeError):
+    """An exchange failed because of another rank; the message names it."""
+
+
+class Watch:
+    """Watches the ranks of one run, as a context around it. Entering and leaving are collectives.
+
+    Leaving by an exception tells the other ranks of it, or waits for what they found.
+    """
+
+    def __init__(self, timeouts: TimeoutsConfig) -> None:
+        self.timeouts = timeouts
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.step = 0  # the one being made
+        self._marked: float | None = None
+        self._finding = self._verdict = ""  # what this rank found; what all have agreed on
+        self._found, self._done = threading.Event(), threading.Event()
+        self._threads: list[threading.Thread] = []
+
+    def mark(self) -> None:
+        """The main thread has made headway; the next mark, or rest, is due in `progress`."""
+        self._marked = time.monotonic()
+
+    def rest(self) -> None:
+        """What follows may take any time, such as a save; the exchanges' own timeout holds."""
+        self._marked = None
+
+    def __enter__(self) -> "Watch":
+        if self.world_size == 1:
+            return self
+        self._store = self._open_store()
+        self._main = threading.get_ident()
+        me = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
+        self._nodes: list[Any] = [None] * self.world_size
+        dist.all_gather_object(self._nodes, me)
+        self._peers = _peers(self._nodes, self.rank)
+        self._answered = time.monotonic()
+        self._heard = [self._answered] * self.world_size  # rank 0: of the last new sign of life
+        self._signs = [""] * self.world_size
+        self._threads = [
+            threading.Thread(target=target, name=f"watch-{target.__name__}", daemon=True)
+            for target in (self._beat, self._judge)
+        ]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if not self._threads:
+            return
+        if error is not None and not isinstance(error, Stopped | UserError):
+            self._explain(error)
+        self._done.set()
+        if error is None or isinstance(error, Stopped):
+            for thread in self._threads:
+                thread.join()
+            dist.barrier()  # rank 0's store is the last to go
+
+    def _explain(self, error: BaseException) -> None:
+        if not _is_lost_exchange(error):
+            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            self._finding = f"{self._name(self.rank)} failed in step {self.step}: {what}"
+            self._found.wait(TELL_SECONDS)
+            return
+        if self._found.wait(self.timeouts.silence + GRACE_SECONDS):
+            self._done.set()
+            raise LostRank(self._verdict) from error
+        error.add_note("no rank was found to have ended or to hang")
+
+    def _open_store(self) -> Any:
+        timeout, address = timedelta(seconds=self.timeouts.silence), os.environ["MASTER_ADDR"]
+        store: Any = None
+        port = [0]
+        if self.rank == 0:
+            store = TCPStore(
+                "localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout
+            )
+            port = [store.port]
+        dist.broadcast_object_list(port)
+        if self.rank:
+            store = TCPStore(
+                address, port[0], is_master=False, wait_for_workers=False, timeout=timeout
+            )
+        return store
+
+    def _name(self, rank: int) -> str:
+        return f"rank {rank} on {self._nodes[rank][0]}"
+
+    def _settle(self, text: str) -> None:
+        if not self._found.is_set():
+            self._verdict = text
+            self._found.set()
+
+    # The thread that talks to the store: alone, for a store that is frozen answers nobody.
+
+    def _beat(self) -> None:
+        count = 0
+        while not self._done.wait(BEAT_SECONDS):
+            count += 1
+            marked = self._marked
+            idle = 0.0 if marked is None else time.monotonic() - marked
+            sign: dict[str, Any] = {"count": count, "step": self.step}
+            if idle > self.timeouts.progress:
+                frames = sys._current_frames()
+                sign |= {"idle": idle, "where": describe_place(frames.get(self._main))}
+            try:
+                self._store.set(f"sign/{self.rank}", json.dumps(sign))
+                if self._finding:
+                    self._settle(self._store.compare_set(VERDICT, "", self._finding).decode())
+                elif self._store.check([VERDICT]):
+                    self._settle(self._store.get(VERDICT).decode())
+                if self.rank == 0:
+                    self._read_signs()
+            except (dist.DistError, RuntimeError):
+                if not self._done.is_set():
+                    self._settle(
+                        self._finding
+                        or f"{self._name(0)} has ended; the last step was {self.step} or before"
+                    )
+                return
+            self._answered = time.monotonic()
+
+    def _read_signs(self) -> None:
+        keys = [f"sign/{rank}" for rank in range(self.world_size)]
+        there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
+        values = self._store.multi_get([keys[rank] for rank in there])
+        for rank, value in zip(there, values, strict=True):
+            if (sign := value.decode()) != self._signs[rank]:
+                self._signs[rank], self._heard[rank] = sign, time.monotonic()
+
+    # The thread that judges, and ends the process.
+
+    def _judge(self) -> None:
+        before = time.monotonic()
+        since = None
+        while not self._done.wait(BEAT_SECONDS / 2):
+            now = time.monotonic()
+            if now - before > OWN_DELAY:  # this process was stopped: nobody else was silent
+                self._answered = now
+                self._heard = [now] * self.world_size
+            before = now
+            if self._found.is_set():
+                self._end()
+                return
+            if not self._finding:
+                self._finding = self._look(now)
+            if self._finding:
+                since = since or now
+                if now - since > TELL_SECONDS:  # nobody could be told
+                    self._settle(self._finding)
+
+    def _look(self, now: float) -> str:
+        silence = self.timeouts.silence
+        for rank, process in self._peers.items():
+            if _has_ended(process):
+                return f"{self._name(rank)} has ended; {self._last_step(rank)}"
+        if now - self._answered > silence:
+            return f"{self._name(0)} has not answered for {silence:g} s"
+        if self.rank:
+            return ""
+        for rank, heard in enumerate(self._heard):
+            if now - heard > silence:
+                return (
+                    f"{self._name(rank)} has given no sign of life for {silence:g} s "
+                    f"(timeouts.silence); {self._last_step(rank)}"
+                )
+        return self._stuck()
+
+    def _last_step(self, rank: int) -> str:
+        sign = self._signs[rank]
+        step = json.loads(sign)["step"] if sign else self.step  # only rank 0 reads them
+        return f"the last step was {step}"
+
+    def _stuck(self) -> str:
+        signs = {rank: json.loads(sign) for rank, sign in enumerate(self._signs) if sign}
+        idle = {rank: sign for rank, sign in signs.items() if "idle" in sign}
+        longest = max((sign["idle"] for sign in idle.values()), default=0.0)
+        # The stuck rank made its last mark first or last: all must have said where they are.
+        if not idle or (len(idle) < len(signs) and longest < self.timeouts.progress + 5):
+            return ""
+        outside = [rank for rank, sign in idle.items() if not sign["where"]["exchange"]]
+        named = outside or list(idle)
+        places = "; ".join(
+            f"{self._name(rank)} is in {idle[rank]['where']['place']}" for rank in named[:8]
+        )
+        rest = f"; {len(idle) - len(named)} others wait in an exchange" if outside else ""
+        step = min(sign["step"] for sign in idle.values())
+        return (
+            f"step {step} has made no headway for {self.timeouts.progress:g} s "
+            f"(timeouts.progress): {places}{rest}"
+        )
+
+    def _end(self) -> None:
+        if self._done.wait(GRACE_SECONDS):
+            return
+        print(f"[rank {self.rank}] error: {self._verdict}", file=sys.stderr, flush=True)
+        os._exit(EXIT_LOST)
+
+
+def describe_place(frame: FrameType | None) -> dict[str, Any]:
+    """Where a thread is: `place`, and whether it waits in an exchange with other ranks."""
+    place, exchange, in_library, depth = "", False, False, 0
+    while frame is not None:
+        file = frame.f_code.co_filename.replace(os.sep, "/")
+        exchange |= depth < 12 and ("/torch/distributed/" in file or "/deepspeed/comm/" in file)
+        library = "/site-packages/" in file or "/lib/python" in file
+        if not place or (in_library and not library):  # the innermost that is not a library's
+            place, in_library = f"{file}:{frame.f_lineno} {frame.f_code.co_name}", library
+        frame, depth = frame.f_back, depth + 1
+    return {"place": place or "no Python code", "exchange": exchange}
+
+
+def _peers(nodes: list[Any], rank: int) -> dict[int, psutil.Process]:
+    """The other ranks of this node, as far as their processes can be seen from here."""
+    peers = {}
+    for other, (host, pid, began) in enumerate(nodes):
+        if other == rank or host != nodes[rank][0]:
+            continue
+        try:
+            process = psutil.Process(pid)
+            if abs(process.create_time() - began) < 1.0:  # not another container's number
+                peers[other] = process
+        except psutil.Error:
+            continue  # left to its signs of life
+    return peers
+
+
+def _has_ended(process: psutil.Process) -> bool:
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _is_lost_exchange(error: BaseException) -> bool:
+    """Whether an exception is an exchange that failed, because of any rank."""
+    words = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )

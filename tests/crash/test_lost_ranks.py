@@ -1,0 +1,61 @@
+"""The real command, ranks of which die or fail; the supervisor starts it again."""
+
+import signal
+import socket
+import sys
+import time
+
+import pytest
+
+from tests.crash.runs import (
+    EVERY,
+    FAULTY,
+    RANKS,
+    curve,
+    digests,
+    saved_steps,
+    write_config,
+)
+from tests.launcher import BIN, Launch, start_deepspeed
+from tests.ranks import ROOT, free_port
+
+pytestmark = [pytest.mark.launcher, pytest.mark.slow]
+WITHIN = 60.0  # seconds on a busy machine; about 3 on an idle one
+
+
+def test_a_killed_rank_is_named_and_the_others_end(tmp_path, tiny):
+    config = write_config(tmp_path, tiny)
+    with start_deepspeed(FAULTY, [config], RANKS, {"FAULT": "step:12:1:kill"}) as launch:
+        launch.wait_for_output("FAULT kill")
+        killed = time.monotonic()
+        result = launch.wait(WITHIN)
+        assert time.monotonic() - killed < WITHIN
+    assert result.returncode == 256 - signal.SIGKILL, result.stdout
+    assert f"LostRank: rank 1 on {socket.gethostname()} has ended" in result.stdout
+    assert saved_steps(tmp_path / "run") == [EVERY]
+
+
+def test_a_hung_rank_is_named_and_the_others_end(tmp_path, tiny):
+    config = write_config(tmp_path, tiny, timeouts={"progress": 5.0})
+    with start_deepspeed(FAULTY, [config], RANKS, {"FAULT": "step:12:1:hang"}) as launch:
+        launch.wait_for_output("FAULT hang")
+        result = launch.wait(2 * WITHIN)
+    assert result.returncode == 1, result.stdout
+    assert "step 12 has made no headway for 5 s (timeouts.progress): rank 1 on" in result.stdout
+    assert "faulty.py" in result.stdout
+
+
+def test_the_supervisor_starts_a_run_again_which_loses_nothing(tmp_path, tiny, undisturbed):
+    """Each start is killed in its 10th step, until one has fewer to make."""
+    config, run = write_config(tmp_path, tiny), tmp_path / "run"
+    command = [sys.executable, str(ROOT / "launch/supervise.py"), "--backoff", "0.1", "--"]
+    command += [str(BIN / "deepspeed"), "--num_accelerators", str(RANKS)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    command += [str(ROOT / FAULTY), str(config)]
+    with Launch(command, {"FAULT": "step:10:1:kill"}, ROOT) as launch:
+        result = launch.wait(900)
+        assert launch.processes() == []
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.count("FAULT kill") == result.stdout.count("supervise: ended with") == 2
+    assert curve(run) == curve(undisturbed)
+    assert digests(run) == digests(undisturbed)

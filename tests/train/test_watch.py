@@ -1,0 +1,127 @@
+"""Ranks that die, fail, hang or are frozen: the others end within seconds and say which."""
+
+import os
+import signal
+import socket
+import threading
+import time
+
+import pytest
+
+from sparse_gpt.config import TimeoutsConfig
+from sparse_gpt.errors import UserError
+from tests.ranks import RankError, run_ranks
+
+HOST = socket.gethostname()
+STEP = 3
+
+
+def stay_here():
+    while True:
+        time.sleep(0.1)
+
+
+def work(faulty, fault, timeouts):
+    """Steps with an exchange each, of which a rank does not make the third."""
+    import torch
+    import torch.distributed as dist
+
+    from sparse_gpt.train import watch
+
+    watch.BEAT_SECONDS, watch.GRACE_SECONDS = 0.2, 0.5
+    with watch.Watch(TimeoutsConfig(**timeouts)) as watching:
+        for step in range(1, STEP + 2):
+            watching.step = step
+            watching.mark()
+            if step == STEP:
+                time.sleep(0.5)  # until the step is known
+                if dist.get_rank() == faulty:
+                    if fault == "hang":
+                        stay_here()
+                    elif fault == "fail":
+                        raise ZeroDivisionError("a fault")
+                    os.kill(os.getpid(), fault)
+            dist.all_reduce(torch.ones(1))
+            if step == STEP + 1:
+                time.sleep(0.5 * dist.get_rank())  # the ranks do not leave together
+    return sorted(thread.name for thread in threading.enumerate())
+
+
+def lost(monkeypatch, world_size, faulty, fault, **timeouts):
+    began = time.monotonic()
+    if fault != signal.SIGSTOP:  # a frozen rank never answers
+        monkeypatch.setattr("tests.ranks.GRACE_SECONDS", 20.0)
+    with pytest.raises(RankError) as caught:
+        run_ranks(world_size, work, faulty, fault, timeouts)
+    assert time.monotonic() - began < 60
+    return str(caught.value)
+
+
+def test_ranks_that_all_go_on_are_not_disturbed():
+    for names in run_ranks(2, work, None, None, {}) + run_ranks(1, work, None, None, {}):
+        assert not any(name.startswith("watch-") for name in names)
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_killed_rank_is_named(monkeypatch, faulty):
+    said = lost(monkeypatch, 2, faulty, signal.SIGKILL)
+    assert f"LostRank: rank {faulty} on {HOST} has ended" in said
+    assert "the last step was " in said
+
+
+def test_a_rank_that_fails_is_named_with_its_error(monkeypatch):
+    said = lost(monkeypatch, 2, 1, "fail")
+    assert f": rank 1 on {HOST} failed in step 3: ZeroDivisionError: a fault" in said
+
+
+def test_a_rank_that_hangs_is_named_with_the_place(monkeypatch):
+    said = lost(monkeypatch, 3, 1, "hang", progress=2.0)
+    assert "step 3 has made no headway for 2 s (timeouts.progress): " in said
+    assert f"rank 1 on {HOST} is in {__file__}:" in said
+    assert "stay_here; 2 others wait in an exchange" in said
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_frozen_rank_is_named(monkeypatch, faulty):
+    said = lost(monkeypatch, 2, faulty, signal.SIGSTOP, silence=2.0)
+    what = "has not answered for 2 s" if faulty == 0 else "has given no sign of life for 2 s"
+    assert f"error: rank {faulty} on {HOST} {what}" in said
+
+
+def test_timeouts_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="progress 30 must be shorter than exchange 20"):
+        TimeoutsConfig(exchange=20, progress=30)
+
+
+def reading():
+    import torch.distributed as dist
+
+    from sparse_gpt.train.every_rank import read_first
+
+    def read():
+        if dist.get_rank() == 1:
+            raise FileNotFoundError(2, "No such file", "c.yaml")
+        return 7
+
+    found = read_first(read)
+    try:
+        return found.on_every_rank("config")
+    except UserError as error:
+        return str(error)
+
+
+def test_a_configuration_that_one_rank_cannot_read_is_an_error_on_all():
+    first, second = run_ranks(2, reading)
+    assert first == second
+    assert "c.yaml" in first and f"(rank 1 on {HOST}; 1 of 2 ranks)" in first
+
+
+def test_without_a_launcher_it_is_raised_at_once(monkeypatch):
+    from sparse_gpt.train.every_rank import read_first
+
+    def fail():
+        raise UserError("bad key")
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(UserError, match="bad key"):
+        read_first(fail)
