@@ -31,7 +31,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 _NARROW_BAND, _WIDE_BAND = 128, 1024
 _PANEL_BAND, _DOT_BAND = 512, 256
 # Of single weights all that is gone through at once stays in the first cache; at most 256.
-_SINGLE_BAND, _SINGLE_DOT_BAND = 128, 64
+_SINGLE_BAND, _SINGLE_DOT_BAND = 128, 80
 
 
 class _Order(ctypes.Structure):
