@@ -197,8 +197,9 @@ def comparisons(results: Results) -> list[Comparison]:
 
 
 def _split(chosen: list[Arm]) -> str:
-    """The split to compare on: test where every arm has one, else validation."""
-    return next((split for split in SPLITS if all(a.losses(split) for a in chosen)), SPLITS[-1])
+    """The split to compare on: test where all arms with any loss have one, else validation."""
+    ended = [arm for arm in chosen if any(arm.losses(split) for split in SPLITS)]
+    return next((split for split in SPLITS if all(a.losses(split) for a in ended)), SPLITS[-1])
 
 
 def _compare(arm: Arm, against: Arm, split: str) -> list[Comparison]:

@@ -95,6 +95,17 @@ def test_a_diverged_run_is_named_and_left_out(tmp_path):
     assert any("dense has no finite loss with seed 2" in text for text in warnings(results))
 
 
+def test_an_arm_that_diverged_does_not_move_the_others_to_another_split(tmp_path):
+    records = [record(name, s, 4.0 + s / 9) for name in ("dense", "a", "lost") for s in (1, 2)]
+    for tree in records[4:]:
+        tree["loss"] = {"val": None, "test": None}
+    (comparison,) = comparisons(results_of(tmp_path / "x", records))
+    assert (comparison.arm.name, comparison.split) == ("a", "test")
+    del records[2]["loss"]["test"], records[3]["loss"]["test"]
+    (comparison,) = comparisons(results_of(tmp_path / "y", records))
+    assert comparison.split == "val"
+
+
 def test_unequal_conditions_are_warned_of(tmp_path):
     records = [record("dense", s, 4.0) for s in (1, 2)]
     records += [record("wide", s, 4.0, sparsity=0.75) for s in (1, 2)]

@@ -25,6 +25,7 @@ def columns(table: Table, *names: str) -> list[tuple[str, ...]]:
 
 
 def test_the_tables_of_an_experiment_are_the_golden_ones(tmp_path):
+    """After a wanted change copy the `tables.md` that the page of `synthetic.iso_flop` writes."""
     results = read(synthetic.iso_flop(tmp_path / "iso_flop"))
     found = comparisons(results)
     text = tables_markdown(results, found, made_tables(results, found))
