@@ -18,7 +18,7 @@ from sparse_gpt.experiment.plots import common_plots
 from sparse_gpt.experiment.results import Record, Results, read
 from sparse_gpt.experiment.special_plots import shape_table, special_plots
 from sparse_gpt.experiment.table import Table, markdown, to_html
-from sparse_gpt.experiment.tables import arm_tables, comparison_table, run_table, runs_csv
+from sparse_gpt.experiment.tables import arm_tables, comparison_table, ranges, run_table, runs_csv
 from sparse_gpt.experiment.verdict import answer, sentence
 
 METHOD = (
@@ -190,7 +190,7 @@ def _how(results: Results) -> str:
     rows = [
         ("Command", results.about.command, True),
         ("Experiment", results.name, True),
-        ("Seeds", _join(str(seed) for seed in sorted({r.seed for r in records})), False),
+        ("Seeds", ranges(list({r.seed for r in records})), False),
         ("Data", _join(text for record in records for text in _data(record)), False),
         ("Trained", f"{tokens:,} tokens, {spent:.3e} FLOPs in all runs" if records else "", False),
         (

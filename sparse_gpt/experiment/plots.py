@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from sparse_gpt.experiment.arms import MAIN, Arm, Comparison, arms
+from sparse_gpt.experiment.arms import MAIN, Arm, Comparison, arms, baseline_name
 from sparse_gpt.experiment.drawing import SEEDS, Plot, Style, colour, figure, label, styles
 from sparse_gpt.experiment.results import Results
 from sparse_gpt.experiment.statistics import perplexity, summarise
@@ -17,7 +17,8 @@ BAND = 0.18  # opacity of the spread over seeds
 def common_plots(results: Results, found: Sequence[Comparison]) -> list[Plot]:
     """The plots every experiment has as soon as there is something to draw."""
     trained = [arm for arm in arms(results, "pretrain") if arm.group == MAIN]
-    style = styles([arm.name for arm in trained])
+    base = baseline_name(results)
+    style = styles(sorted((arm.name for arm in trained), key=lambda name: name != base))
     plots = []
     if found:
         plots.append(
