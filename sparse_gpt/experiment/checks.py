@@ -30,7 +30,7 @@ def warnings(results: Results) -> list[str]:
     found += _edges(records)
     found += _unplanned_differences(results)
     for name, values in (
-        ("git revision", [git_revision(record) for record in records]),
+        ("git revision", [git_revision(record)[:12] for record in records]),
         ("software version", [json.dumps(r.versions, sort_keys=True) for r in records]),
         ("device", [json.dumps(record.device, sort_keys=True) for record in records]),
         ("number of ranks", [str(record.ranks) for record in records]),

@@ -4,12 +4,13 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from sparse_gpt.experiment.statistics import holm, paired, perplexity, sign_flip, summarise
 
+SETTINGS = settings(deadline=None, max_examples=50)
 LOSSES = st.lists(st.integers(2000, 6000).map(lambda n: n / 1000), min_size=2, max_size=9)
 
 
@@ -24,6 +25,7 @@ def test_nothing_to_summarise_is_an_error():
         summarise([])
 
 
+@SETTINGS
 @given(LOSSES.filter(lambda values: len(set(values)) > 1))
 def test_mean_spread_and_interval_are_scipys(values):
     summary = summarise(values)
@@ -35,6 +37,7 @@ def test_mean_spread_and_interval_are_scipys(values):
     assert (summary.low, summary.high) == pytest.approx((low, high))
 
 
+@SETTINGS
 @given(LOSSES, st.data())
 def test_the_paired_t_test_is_scipys(first, data):
     second = data.draw(st.lists(st.floats(1, 9), min_size=len(first), max_size=len(first)))
@@ -80,6 +83,7 @@ def test_the_sign_flip_test_of_known_cases():
     assert sign_flip([0.1] * 17) is None
 
 
+@SETTINGS
 @given(st.lists(st.integers(-50, 50).map(lambda n: n / 7), min_size=2, max_size=8))
 def test_the_sign_flip_test_is_scipys_permutation_test(differences):
     theirs = stats.permutation_test(
@@ -99,6 +103,7 @@ def test_holm_of_a_worked_example():
     assert holm([]) == []
 
 
+@SETTINGS
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_rejects_what_the_step_down_procedure_rejects(values):
     adjusted = holm(values)
