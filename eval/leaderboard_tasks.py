@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 GROUP = "sparse_gpt_leaderboard"
 MMLU_GROUP = "sparse_gpt_mmlu"
 SHOTS = ("leaderboard", "zero")
+# Names of these settings in results. v1 is the leaderboard of 2023 to June 2024, which ran
+# lm-eval's commit b281b0921b with 25, 10, 0, 5 and 5 examples; today's tasks have its prompts.
+NAMES = {"leaderboard": "leaderboard_v1", "zero": "leaderboard_v1_zero_shot"}
 
 _SUBJECT_NAMES = """
 abstract_algebra anatomy astronomy business_ethics clinical_knowledge college_biology
@@ -48,7 +51,8 @@ class LeaderboardTask:
     tasks: lm-eval names, one but for MMLU. metric: lm-eval's name of the leaderboard's metric
     (TruthfulQA's mc2 is called `acc` there). documents, pool: how many documents the official
     evaluation split and few-shot pool have, to say when a mirror holds others. folder: where
-    the data lies in a Hub-shaped mirror; configs: the names of its data configurations.
+    the data lies in a Hub-shaped mirror; configs: the names of its data configurations. version:
+    lm-eval's version of the task(s), a part of `leaderboard_v1`; another one is refused.
     """
 
     key: str
@@ -62,6 +66,7 @@ class LeaderboardTask:
     configs: tuple[str | None, ...]
     # Folder of the task in lm_eval/tasks, so that only these are indexed and not thousands.
     source: str
+    version: float
 
 
 TASKS: dict[str, LeaderboardTask] = {
@@ -69,23 +74,23 @@ TASKS: dict[str, LeaderboardTask] = {
     for task in (
         LeaderboardTask(
             "arc", "ARC", ("arc_challenge",), "acc_norm", 25, 1172, 1119,
-            "allenai/ai2_arc", ("ARC-Challenge",), "arc",
+            "allenai/ai2_arc", ("ARC-Challenge",), "arc", 1.0,
         ),
         LeaderboardTask(
             "hellaswag", "HellaSwag", ("hellaswag",), "acc_norm", 10, 10042, 39905,
-            "Rowan/hellaswag", (None,), "hellaswag",
+            "Rowan/hellaswag", (None,), "hellaswag", 1.0,
         ),
         LeaderboardTask(
             "truthfulqa", "TruthfulQA", ("truthfulqa_mc2",), "acc", 0, 817, 0,
-            "truthfulqa/truthful_qa", ("multiple_choice",), "truthfulqa",
+            "truthfulqa/truthful_qa", ("multiple_choice",), "truthfulqa", 3.0,
         ),
         LeaderboardTask(
             "mmlu", "MMLU", tuple(f"mmlu_{subject}" for subject in MMLU_SUBJECTS), "acc", 5,
-            14042, 285, "cais/mmlu", MMLU_SUBJECTS, "mmlu/default",
+            14042, 285, "cais/mmlu", MMLU_SUBJECTS, "mmlu/default", 1.0,
         ),
         LeaderboardTask(
             "winogrande", "Winogrande", ("winogrande",), "acc", 5, 1267, 40398,
-            "allenai/winogrande", ("winogrande_xl",), "winogrande",
+            "allenai/winogrande", ("winogrande_xl",), "winogrande", 1.0,
         ),
     )
 }  # fmt: skip
@@ -183,6 +188,7 @@ def load(tasks: list[LeaderboardTask], shots: str, mirror: Path | None) -> dict[
                     f"{type(error).__name__}: {error}"
                 ) from error
             loaded["tasks"].update(built)
+            check_version(task, member["task"], built[member["task"]].VERSION)
             _check_pool(task, member, built[member["task"]])
     return loaded
 
@@ -190,6 +196,16 @@ def load(tasks: list[LeaderboardTask], shots: str, mirror: Path | None) -> dict[
 def pool_size(task: Any) -> int:
     """How many documents a built lm-eval task draws its examples from; 0 without examples."""
     return len(task.sampler.df) if task.config.num_fewshot else 0
+
+
+def check_version(task: LeaderboardTask, name: str, version: Any) -> None:
+    """Refuse an installed lm-eval whose task is another one than `leaderboard_v1` means."""
+    if version != task.version:
+        raise UserError(
+            f"{task.title}: the installed lm-eval has version {version} of {name}, "
+            f"{NAMES['leaderboard']} means version {task.version}: install the lm-eval that "
+            "pyproject.toml names"
+        )
 
 
 def _check_pool(task: LeaderboardTask, member: dict[str, Any], built: Any) -> None:

@@ -188,10 +188,12 @@ class GPT(nn.Module):
         input_ids: Tensor,
         document_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """`input_ids [B, S]` -> final hidden states `[B, S, d_model]`, after the last LayerNorm.
 
-        `positions [B, S]`: of each token; 0, 1, ... without it.
+        `positions [B, S]`: of each token; 0, 1, ... without it. `mask [B, 1, S, S]`: added to the
+        attention scores, in place of the causal mask and of `document_ids`.
         """
         length = input_ids.shape[1]
         if length > self.config.n_positions:
@@ -199,7 +201,8 @@ class GPT(nn.Module):
                 f"a sequence of {length} tokens is longer than n_positions "
                 f"{self.config.n_positions}"
             )
-        mask = None if document_ids is None else document_mask(document_ids)
+        if mask is None and document_ids is not None:
+            mask = document_mask(document_ids)
         if positions is None:
             positions = torch.arange(length, device=input_ids.device)
         x = self.wte(input_ids)
@@ -220,17 +223,21 @@ class GPT(nn.Module):
         positions: Tensor | None = None,
     ) -> Tensor:
         """`[B, S]` -> `[B, S, vocab_size]` in the model's dtype; the head is the embedding."""
-        return F.linear(self._projected(input_ids, document_ids, positions), self.wte.weight)
+        return F.linear(self.head_input(input_ids, document_ids, positions), self.wte.weight)
 
-    def _projected(
-        self, input_ids: Tensor, document_ids: Tensor | None, positions: Tensor | None = None
+    def head_input(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """What the head sees: hidden states at the width of the embedding.
 
         The projection to it stands behind the last LayerNorm: the residual stream grows with
         depth, and the norm belongs to the width it was summed in.
         """
-        x = self.hidden(input_ids, document_ids, positions)
+        x = self.hidden(input_ids, document_ids, positions, mask)
         return x if self.project_out is None else self.project_out(x)
 
     def forward(
@@ -243,7 +250,7 @@ class GPT(nn.Module):
         """Logits, or with `targets [B, S]` (`-100` = not scored) the cross-entropy in nats."""
         chunk = self.config.loss_chunk
         if targets is not None and chunk is not None and reduction != "none":
-            x = self._projected(input_ids, document_ids).flatten(0, 1)
+            x = self.head_input(input_ids, document_ids).flatten(0, 1)
             return head_loss(x, self.wte.weight, targets.flatten(), chunk, reduction)
         logits = self.logits(input_ids, document_ids)
         if targets is None:

@@ -1,7 +1,9 @@
 """A tiny GPT-2 folder, a tiny Hub-shaped mirror, and the commands to run on them."""
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from eval.leaderboard_tasks import MMLU_SUBJECTS
+from eval.model_folder import TOKENIZER_FILES
 
 ROOT = Path(__file__).resolve().parents[2]
 THINGS = ["apple", "river", "stone", "lamp", "horse", "cloud", "window", "garden", "bridge"]
@@ -62,6 +65,29 @@ def make_model(folder: Path, positions: int = POSITIONS, seed: int = 0) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def own_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny GPT-2 with each layer as the one branch of a linear Parallel layer."""
+    from sparse_gpt.hf import export_folder, import_folder
+    from sparse_gpt.ift import Transform
+    from sparse_gpt.model.flops import LAYERS
+
+    config, parameters = import_folder(tiny_model)
+    layers = [f"h.{n}.{layer}" for n in range(config.n_layer) for layer in LAYERS]
+    transform = Transform("parallel", "identity", dict.fromkeys(layers, 1))
+    folder = tmp_path_factory.mktemp("own") / "own"
+    export_folder(
+        lambda name: parameters[name.replace(".branch.0.", ".")],
+        dataclasses.replace(config, transform=transform),
+        folder,
+        eos_id=0,
+    )
+    for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
+        if (tiny_model / name).is_file():
+            shutil.copy(tiny_model / name, folder)
+    return folder
 
 
 def _write(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> None:

@@ -1,17 +1,13 @@
 """Folders of our own model class are scored as the GPT-2 folder of the same function is."""
 
-import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
 
-from eval import leaderboard, leaderboard_tasks, perplexity
-from eval.model_folder import TOKENIZER_FILES, open_folders
+from eval import leaderboard_tasks, perplexity
+from eval.leaderboard_run import evaluate_folders
+from eval.model_folder import open_folders
 from eval.text_source import Text, local_text
-from sparse_gpt.hf import export_folder, import_folder
-from sparse_gpt.ift import Transform
-from sparse_gpt.model.flops import LAYERS
 from tests.eval.conftest import sentence
 
 pytestmark = [
@@ -22,28 +18,9 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def own_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny GPT-2 with each layer as the one branch of a linear Parallel layer."""
-    config, parameters = import_folder(tiny_model)
-    layers = [f"h.{n}.{layer}" for n in range(config.n_layer) for layer in LAYERS]
-    transform = Transform("parallel", "identity", dict.fromkeys(layers, 1))
-    folder = tmp_path_factory.mktemp("own") / "own"
-    export_folder(
-        lambda name: parameters[name.replace(".branch.0.", ".")],
-        dataclasses.replace(config, transform=transform),
-        folder,
-        eos_id=0,
-    )
-    for name in (*TOKENIZER_FILES, "tokenizer_config.json"):
-        if (tiny_model / name).is_file():
-            shutil.copy(tiny_model / name, folder)
-    return folder
-
-
 def test_leaderboard(tiny_model: Path, own_folder: Path, tiny_hub: Path) -> None:
     chosen = leaderboard_tasks.select(["winogrande", "truthfulqa"])
-    stock, ours = leaderboard.evaluate_folders(
+    stock, ours = evaluate_folders(
         open_folders([str(tiny_model), str(own_folder)]), chosen, shots="zero", mirror=tiny_hub,
         limit=5, device="cpu",
     )  # fmt: skip

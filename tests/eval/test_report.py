@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eval import report
+from eval import leaderboard_report, report
 from sparse_gpt.errors import UserError
 
 
@@ -28,8 +28,8 @@ def leaderboard_result(name: str, scores: dict[str, float], **changes: Any) -> d
     }
 
 
-DENSE = dict(zip(report.COLUMNS, (0.208, 0.272, 0.470, 0.246, 0.494)))
-SPARSE = dict(zip(report.COLUMNS, (0.221, 0.278, 0.475, 0.256, 0.504)))
+DENSE = dict(zip(leaderboard_report.COLUMNS, (0.208, 0.272, 0.470, 0.246, 0.494)))
+SPARSE = dict(zip(leaderboard_report.COLUMNS, (0.221, 0.278, 0.475, 0.256, 0.504)))
 
 
 def cells(table: str, start: str) -> list[str]:
@@ -49,18 +49,20 @@ def test_the_leaderboard_table_has_the_shape_of_table_15() -> None:
     sparse["model"]["sparse_gpt"] = metadata
     dense = leaderboard_result("dense", DENSE, notes=["only the first 20 documents"])
     dense["model"]["sparse_gpt"] = {"sparsity": 0.0, "config": {}}
-    table = report.leaderboard_table([dense, sparse])
+    table = report.tables([dense, sparse])
     scores, rest = table.split("Difference to dense, in points")
     differences, rest = rest.split("Requests truncated on the left")
-    assert cells(scores, "Model")[5:] == [*report.COLUMNS.values(), "Average"]
+    assert cells(scores, "Model")[5:] == [*leaderboard_report.COLUMNS.values(), "Average"]
     assert cells(scores, "dense") == [
         "dense", "dense", "0.0%", "-", "leaderboard", "20.8 ± 3.0", "27.2 ± 3.0", "47.0 ± 3.0",
         "24.6 ± 3.0", "49.4 ± 3.0", "33.8 ± 1.0",
     ]  # fmt: skip
     assert cells(scores, "sw75")[1:4] == ["sparse wide (iso-FLOP whole run)", "75.0%", "set"]
+    assert "Without p: results on other documents, or without outcomes" in differences
     assert cells(differences, "sw75")[1:] == [
         "+1.3 ± 4.2", "+0.6 ± 4.2", "+0.5 ± 4.2", "+1.0 ± 4.2", "+1.0 ± 4.2", "+0.9 ± 1.4",
     ]  # fmt: skip
+    assert cells(differences, "  p")[1:] == ["-"] * 6
     assert cells(rest, "sw75")[1:] == ["25.0"] * 5
     assert rest.rstrip().endswith("- only the first 20 documents (dense)")
 
@@ -68,7 +70,7 @@ def test_the_leaderboard_table_has_the_shape_of_table_15() -> None:
 def test_a_subset_has_dashes_and_no_average() -> None:
     part = leaderboard_result("part", {"arc": 0.2})
     part["tasks"]["arc"]["stderr"] = None
-    row = cells(report.leaderboard_table([part]).split("Requests")[0], "part")
+    row = cells(report.tables([part]).split("Requests")[0], "part")
     assert row == ["part", "-", "-", "-", "leaderboard", "20.0", "-", "-", "-", "-", "-"]
 
 
@@ -91,7 +93,7 @@ def perplexity_result(name: str, word_perplexity: float | None) -> dict[str, Any
 def test_the_perplexity_table_compares_with_the_first() -> None:
     results = [perplexity_result("a", 40.0), perplexity_result("b", 36.0)]
     results.append(perplexity_result("c", None))
-    table = report.perplexity_table(results)
+    table = report.tables(results)
     assert cells(table, "a")[-1] == "1.0000"
     assert cells(table, "b")[1:] == [
         "test", "1,000", "20.800", "36.000", "1.0100", "1024/512", "0.9000",
