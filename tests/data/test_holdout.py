@@ -71,3 +71,20 @@ def test_all_held_out():
 def test_bad_rules(options, flag):
     with pytest.raises(UserError, match=flag):
         HoldoutRule(**options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 300), val=st.integers(1, 20), test=st.integers(1, 20), seed=st.integers(0, 99)
+)
+def test_exact_numbers_for_both_splits(n, val, test, seed):
+    rule = HoldoutRule(seed, val_documents=val, test_documents=test)
+    if n <= val + test:
+        with pytest.raises(UserError, match=f"needs at least {val + test + 1}"):
+            _splits(rule, n)
+        return
+    splits = _splits(rule, n)
+    assert (splits.count("val"), splits.count("test")) == (val, test)
+    # Validation is what it is without a test split.
+    alone = _splits(HoldoutRule(seed, val_documents=val), n)
+    assert [i for i in range(n) if splits[i] == "val"] == [i for i in range(n) if alone[i] == "val"]

@@ -40,5 +40,5 @@ def write_experiment(folder: Path, **changes: Any) -> Path:
         **changes,
     }
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    path.write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
     return path
