@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,14 @@ class Planner:
             match=self._match(arm),
             config=config,
             plan=self._plan(config),
-            baseline=self._plan(self._config(experiment.baseline, seed)),
+            baseline=self._baseline,
             corpora=self._used,
         )
+
+    @cached_property
+    def _baseline(self) -> Plan:
+        """No number of a plan depends on the seed."""
+        return self._plan(self._config(self.experiment.baseline, seed=0))
 
     def _settings(self, arm: str) -> dict[str, Any]:
         """The overrides of an arm as given, with those of the arm it is like."""
