@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from sparse_gpt.experiment.plan import Run
+from sparse_gpt.experiment.record import AnyRun
 
 
 class Estimates:
@@ -14,19 +14,20 @@ class Estimates:
         self._of_arm: dict[str, list[float]] = {}
         self._per_flop: list[float] = []
 
-    def learn(self, run: Run, record: dict[str, Any]) -> None:
+    def learn(self, run: AnyRun, record: dict[str, Any]) -> None:
         """A run that ended: its wall time over all starts."""
         self.learn_seconds(run, record["seconds"])
-        self._of_arm.setdefault(run.arm, []).append(record["seconds"])
+        self._of_arm.setdefault(run.row, []).append(record["seconds"])
 
-    def learn_seconds(self, run: Run, seconds: float) -> None:
+    def learn_seconds(self, run: AnyRun, seconds: float) -> None:
         """A run took so long, or at its present pace will."""
-        self._per_flop.append(seconds / run.plan.masked_flops_total)
+        if run.plan.masked_flops_total:
+            self._per_flop.append(seconds / run.plan.masked_flops_total)
 
-    def seconds(self, run: Run) -> float | None:
+    def seconds(self, run: AnyRun) -> float | None:
         """What a run will take from its start; None where nothing is known yet."""
-        if run.arm in self._of_arm:
-            return median(self._of_arm[run.arm])
+        if run.row in self._of_arm:
+            return median(self._of_arm[run.row])
         if not self._per_flop:
             return None
         return median(self._per_flop) * run.plan.masked_flops_total

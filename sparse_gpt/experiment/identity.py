@@ -8,14 +8,23 @@ from typing import Any
 from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import validate
 from sparse_gpt.errors import UserError
+from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.train.drift import FREE
 
+AnyConfig = RunConfig | FinetuneConfig
+# Of a fine-tuning. How often it is validated decides which weights are its best.
+FREE_OF_FINETUNING = (
+    *("name", "output_dir", "checkpoint", "data.*.path", "checkpointing.*", "logging.*"),
+    *("micro_batch_size", "deepspeed.*", "activation_checkpointing", "keep_checkpoints"),
+    *("storage", "kernel", "evaluation.final"),
+)
 
-def config_tree(config: RunConfig) -> dict[str, Any]:
+
+def config_tree(config: AnyConfig) -> dict[str, Any]:
     """The resolved configuration of what is computed, as a plain tree."""
     tree = json.loads(config.model_dump_json())
     tree["data"] = [{**source, "path": ""} for source in tree["data"]]
-    return _part(tree, free=False)
+    return _part(tree, _free(config), free=False)
 
 
 def tree_sha256(tree: dict[str, Any]) -> str:
@@ -23,14 +32,15 @@ def tree_sha256(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def changes(saved: dict[str, Any], config: RunConfig) -> list[str]:
+def changes(saved: dict[str, Any], config: AnyConfig) -> list[str]:
     """Where a saved `config_tree` is of another run, as `key: old -> new`; empty for the same.
 
     Keys that came into the configuration since count as if they had had their defaults.
     """
-    whole = overlaid(_part(json.loads(config.model_dump_json()), free=True), saved)
+    tree = json.loads(config.model_dump_json())
+    whole = overlaid(_part(tree, _free(config), free=True), saved)
     try:
-        before = config_tree(validate(RunConfig, whole, "record"))
+        before = config_tree(validate(type(config), whole, "record"))
     except UserError as error:
         return [f"its configuration is no longer understood ({error})"]
     old, new = _flat(before), _flat(config_tree(config))
@@ -41,16 +51,22 @@ def changes(saved: dict[str, Any], config: RunConfig) -> list[str]:
     ]
 
 
-def _part(tree: dict[str, Any], free: bool, prefix: str = "") -> dict[str, Any]:
-    """The keys that change nothing of what is computed (`free`), or all others."""
+def _free(config: AnyConfig) -> tuple[str, ...]:
+    return FREE if isinstance(config, RunConfig) else FREE_OF_FINETUNING
+
+
+def _part(
+    tree: dict[str, Any], globs: tuple[str, ...], free: bool, prefix: str = ""
+) -> dict[str, Any]:
+    """The keys of `globs`, which change nothing of what is computed (`free`), or all others."""
     part = {}
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        matches = any(fnmatchcase(path + end, glob) for glob in FREE for end in ("", "."))
+        matches = any(fnmatchcase(path + end, glob) for glob in globs for end in ("", "."))
         if matches or not isinstance(value, dict):
             if matches == free:
                 part[key] = value
-        elif below := _part(value, free, f"{path}."):
+        elif below := _part(value, globs, free, f"{path}."):
             part[key] = below
     return part
 

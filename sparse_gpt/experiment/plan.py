@@ -36,6 +36,7 @@ class Run:
     baseline: Plan
     corpora: tuple[str, ...]  # of the experiment, that it reads
     stage: str = "pretrain"
+    after_sha256: None = None  # of the run before it: there is none
 
     @property
     def name(self) -> str:
@@ -43,9 +44,22 @@ class Run:
         return f"{self.arm}-s{self.seed}"
 
     @property
+    def row(self) -> str:
+        """What runs that differ in the seed alone have in common."""
+        return self.arm
+
+    @property
     def folder(self) -> Path:
         """Checkpoints, log and metrics."""
         return self.config.run_dir
+
+    def metric_folders(self) -> list[Path]:
+        """Where logs of metrics lie: what they count is what `plan.steps` counts."""
+        return [self.folder]
+
+    def arguments(self, config: Path) -> list[str]:
+        """Of the script that runs it."""
+        return [str(config), "checkpoint.resume=auto"]
 
     @property
     def ratio_model(self) -> float:

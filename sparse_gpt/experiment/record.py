@@ -1,7 +1,7 @@
 """One finished run as a small JSON file, and whether it is the run that is wanted now."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,14 @@ from typing import Any
 from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.corpora import Corpora
+from sparse_gpt.experiment.finetune_stage import FinetuneRun
 from sparse_gpt.experiment.identity import changes, config_tree, tree_sha256
 from sparse_gpt.experiment.plan import Run, layer_flops
 from sparse_gpt.experiment.sessions import Sessions
 from sparse_gpt.train.results import FILE as RESULTS
 from sparse_gpt.train.results import SPLITS, read_results
 
+AnyRun = Run | FinetuneRun
 SCHEMA = 1
 PACKAGES = ("torch", "deepspeed", "numpy", "sparse_gpt")
 
@@ -43,12 +45,14 @@ class Records:
             raise UserError(f"{path}: no record of schema {SCHEMA}; move it away")
         return record
 
-    def why_not_done(self, run: Run, corpora: Corpora) -> str | None:
+    def why_not_done(self, run: AnyRun, corpora: Corpora) -> str | None:
         """None where the record is of this run; "" where there is none, else what differs."""
         record = self.read(run.name)
         if record is None:
             return ""
         differing = changes(record["config"], run.config)
+        if record.get("after_sha256") != run.after_sha256:
+            differing.append("the run before it is another")
         for name in run.corpora:
             was = record["data"].get(name, {})
             if was.get("settings_sha256") != corpora.settings_sha256(name):
@@ -59,9 +63,11 @@ class Records:
                 differing.append(f"data.{name}: other tokens (another text or tokenizer)")
         return "; ".join(differing) or None
 
-    def write(self, run: Run, corpora: Corpora) -> dict[str, Any]:
-        """Make and write the record of a run that has ended."""
-        record = make_record(run, corpora)
+    def write(
+        self, run: AnyRun, corpora: Corpora, make: Callable[[Any, Corpora], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """`make` and write the record of a run that has ended."""
+        record = make(run, corpora)
         self.path(run.name).parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path(run.name), record)
         return record
@@ -74,11 +80,41 @@ def make_record(run: Run, corpora: Corpora) -> dict[str, Any]:
     if results is None:
         raise UserError(f"{folder / RESULTS} is missing; the run has not ended")
     metrics = _json_lines(folder / "metrics.jsonl")
-    environment = _json(folder / "environment.json")
-    sessions = Sessions(folder)
-    tree, model = config_tree(run.config), plan.model
+    model = plan.model
     updates = sum(line["kind"] == "topology" and line["step"] > 0 for line in metrics)
     weights = results["sparse_layer_weights"]
+    return {
+        **about_run(run, corpora, folder, results),
+        "storage": run.config.sparsity.storage,
+        "model": {
+            "n_layer": model.n_layer,
+            "n_head": model.n_head,
+            "d_model": model.d_model,
+            "d_ff": model.d_ff,
+            "d_embed": model.d_embed,
+            "parameters": plan.parameters,
+            "active_parameters": plan.active_parameters,
+            "sparsity_nominal": plan.sparsity,
+            "sparsity": 1 - results["active_weights"] / weights if weights else 0.0,
+        },
+        "topology_updates": updates,
+        "flops": {
+            "spent": results["flops_spent"],
+            "per_sequence": plan.flops_per_sequence,
+            "sparsified_layers_per_sequence": layer_flops(plan),
+            "ratio_layers": run.ratio_layers,
+            "ratio_model": results["flops_spent"] / run.baseline.flops_total,
+        },
+    }
+
+
+def about_run(
+    run: AnyRun, corpora: Corpora, folder: Path, results: dict[str, Any]
+) -> dict[str, Any]:
+    """What records of all stages have. `folder`: where the metrics of what was tested lie."""
+    environment, tree = read_json(folder / "environment.json"), config_tree(run.config)
+    sessions = Sessions(run.folder)
+    splits = {split: results[split] for split in SPLITS if split in results}
     return {
         "schema": SCHEMA,
         "experiment": run.experiment,
@@ -92,47 +128,26 @@ def make_record(run: Run, corpora: Corpora) -> dict[str, Any]:
         "match": None if run.match is None else run.match.as_dict(),
         "config_sha256": tree_sha256(tree),
         "config": tree,
+        "after_sha256": run.after_sha256,
         "data": {name: _describe_data(name, corpora) for name in run.corpora},
         "git": environment["git_revision"],
         "versions": {"python": environment["python"].split()[0], **_versions()},
         "device": (environment["devices"] or [results["device"]])[0],
         "precision": results["precision"],
-        "storage": run.config.sparsity.storage,
         "threads": environment["threads"],
         "ranks": results["ranks"],
         "seconds": sessions.seconds,
         "started": sessions.started,
         "finished": sessions.finished,
         "resumed": sessions.resumed,
-        "model": {
-            "n_layer": model.n_layer,
-            "n_head": model.n_head,
-            "d_model": model.d_model,
-            "d_ff": model.d_ff,
-            "d_embed": model.d_embed,
-            "parameters": plan.parameters,
-            "active_parameters": plan.active_parameters,
-            "sparsity_nominal": plan.sparsity,
-            "sparsity": 1 - results["active_weights"] / weights if weights else 0.0,
-        },
         "steps": results["steps"],
         "tested_step": results["tested_step"],
         "tokens": results["tokens"],
-        "topology_updates": updates,
-        "flops": {
-            "spent": results["flops_spent"],
-            "per_sequence": plan.flops_per_sequence,
-            "sparsified_layers_per_sequence": layer_flops(plan),
-            "ratio_layers": run.ratio_layers,
-            "ratio_model": results["flops_spent"] / run.baseline.flops_total,
-        },
-        "loss": {split: results[split]["loss"] for split in SPLITS if split in results},
-        "word_perplexity": {
-            split: results[split]["word_perplexity"] for split in SPLITS if split in results
-        },
+        "loss": {split: part["loss"] for split, part in splits.items()},
+        "word_perplexity": {split: part["word_perplexity"] for split, part in splits.items()},
         "curve": [
             [line["step"], line["tokens"], line["flops_spent"], line["loss"]]
-            for line in metrics
+            for line in _json_lines(folder / "metrics.jsonl")
             if line["kind"] == "validation"
         ],
     }
@@ -162,7 +177,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -8,12 +8,13 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.estimate import Estimates
 from sparse_gpt.experiment.lock import Lock
 from sparse_gpt.experiment.page import write
-from sparse_gpt.experiment.plan import Planner, Run
+from sparse_gpt.experiment.plan import Planner
 from sparse_gpt.experiment.processes import slots_of
-from sparse_gpt.experiment.record import Records
+from sparse_gpt.experiment.record import AnyRun, Records
 from sparse_gpt.experiment.runner import Runner, Stopped
 from sparse_gpt.experiment.show import Show, list_runs
 from sparse_gpt.experiment.spec import Experiment, load_experiment
+from sparse_gpt.experiment.stages import all_runs
 
 WORK, RESULTS = Path("runs/experiments"), Path("docs/results")
 
@@ -89,19 +90,21 @@ def describe(experiment: Experiment, planner: Planner, results: Path, path: Path
         "command": f"python launch/experiment.py {path}",
     }
     keys = ("arm", "label", "seed", "stage", "group")
-    plan = [{"run": run.name, **{key: getattr(run, key) for key in keys}} for run in planner.runs()]
+    plan = [
+        {"run": run.name, **{key: getattr(run, key) for key in keys}} for run in all_runs(planner)
+    ]
     write_json(results / "experiment.json", about)
     write_json(results / "plan.json", plan)
 
 
-def _chosen(planner: Planner, only: Sequence[str]) -> list[Run]:
-    return [run for run in planner.runs() if not only or run.arm in only]
+def _chosen(planner: Planner, only: Sequence[str]) -> list[AnyRun]:
+    return [run for run in all_runs(planner) if not only or run.arm in only]
 
 
 def _estimates(planner: Planner, records: Records) -> Estimates:
     """From the runs that are done."""
     estimates = Estimates()
-    for run in planner.runs():
+    for run in all_runs(planner):
         if records.why_not_done(run, planner.corpora) is None:
             estimates.learn(run, records.read(run.name) or {})
     return estimates

@@ -11,17 +11,20 @@ from sparse_gpt.config_file import dump_yaml
 from sparse_gpt.durable import write_json
 from sparse_gpt.errors import EXIT_STOPPED, UserError
 from sparse_gpt.experiment.corpora import Corpora
+from sparse_gpt.experiment.finetune_record import finetune_record
+from sparse_gpt.experiment.finetune_stage import FinetuneRun
 from sparse_gpt.experiment.identity import changes, config_tree
-from sparse_gpt.experiment.plan import Run
 from sparse_gpt.experiment.processes import Processes, Slot
-from sparse_gpt.experiment.record import Records
+from sparse_gpt.experiment.record import AnyRun, Records, make_record
 from sparse_gpt.experiment.sessions import Sessions
 from sparse_gpt.experiment.show import Show
+from sparse_gpt.experiment.stages import has_weights, weights_of
 
 POLL_SECONDS = 1.0
 LOG_TAIL_LINES = 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SCRIPTS = {"pretrain": "launch/pretrain.py"}
+SCRIPTS = {"pretrain": "launch/pretrain.py", "finetune": "launch/finetune.py"}
+RECORDS = {"pretrain": make_record, "finetune": finetune_record}
 
 
 class Stopped(Exception):
@@ -32,7 +35,7 @@ class Stopped(Exception):
 class Job:
     """A run of this start: queued, running, done, failed."""
 
-    run: Run
+    run: AnyRun
     state: str = "queued"
     step: int = 0
     seconds: float = 0.0  # of its earlier sessions and this one
@@ -48,7 +51,7 @@ class Runner:
 
     def __init__(
         self,
-        runs: Sequence[Run],
+        runs: Sequence[AnyRun],
         records: Records,
         corpora: Corpora,
         slots: Sequence[Slot],
@@ -102,30 +105,51 @@ class Runner:
                 job.state, job.step = "done", job.run.plan.steps
             elif why:
                 self.show.say(f"{job.run.name}: its record is of another run, repeated: {why}")
+        for job in self.jobs:
+            if job.state == "done" or not isinstance(job.run, FinetuneRun):
+                continue
+            before = self._before(job.run)
+            if before.state == "done" and not has_weights(job.run.after):
+                before.state, before.step = "queued", 0
+                self.show.say(
+                    f"{before.run.name}: its weights are gone, and {job.run.name} needs them"
+                )
 
     def _fill(self) -> None:
         for index, slot in enumerate(self.slots):
             if index in self._on_slot:
                 continue
-            job = next((job for job in self.jobs if job.state == "queued"), None)
+            job = next((job for job in self.jobs if self._is_ready(job)), None)
             if job is None:
                 return
             self._start(job, slot)
             self._on_slot[index] = job
+
+    def _is_ready(self, job: Job) -> bool:
+        """Whether a job waits for a slot alone. One whose pretraining failed fails, too."""
+        if job.state != "queued" or not isinstance(job.run, FinetuneRun):
+            return job.state == "queued"
+        before = self._before(job.run)
+        if before.state == "failed":
+            job.state = "failed"
+            self.show.say(f"{job.run.name} FAILED: {before.run.name}, which it is after, did")
+        return before.state == "done"
+
+    def _before(self, run: FinetuneRun) -> Job:
+        return next(job for job in self.jobs if job.run.name == run.after.name)
 
     def _start(self, job: Job, slot: Slot) -> None:
         run = job.run
         set_aside(run, self.corpora, self.show)
         config = run.folder / "run.yaml"
         config.write_text(dump_yaml(run.config), encoding="utf-8")
-        job.step, job.loss = progress(run.folder)
+        job.step, job.loss = progress_of(run)
         job.began, job.first_step = time.time(), job.step
         job.sessions = Sessions(run.folder)
         job.sessions.begin(job.began)
-        arguments = [str(config), "checkpoint.resume=auto"]
         job.processes = Processes(
             SCRIPTS[run.stage],
-            arguments,
+            run.arguments(config),
             self.ranks,
             slot,
             run.folder / "log.txt",
@@ -141,7 +165,7 @@ class Runner:
             code = job.processes.poll()
             job.sessions.seen(time.time())
             job.seconds = job.sessions.seconds
-            job.step, job.loss = progress(job.run.folder)
+            job.step, job.loss = progress_of(job.run)
             if code is None:
                 continue
             job.processes.end()
@@ -150,7 +174,7 @@ class Runner:
                 if code:
                     stopped = ", stopped on request; start again to go on"
                     raise UserError(f"exit code {code}{stopped if code == EXIT_STOPPED else ''}")
-                record = self.records.write(job.run, self.corpora)
+                record = self.records.write(job.run, self.corpora, RECORDS[job.run.stage])
             except UserError as error:
                 job.state = "failed"
                 log = job.run.folder / "log.txt"
@@ -164,17 +188,23 @@ def _stop(number: int, _frame: object) -> None:
     raise Stopped(number)
 
 
-def set_aside(run: Run, corpora: Corpora, show: Show) -> None:
+def set_aside(run: AnyRun, corpora: Corpora, show: Show) -> None:
     """Move away the folder of another run of this name, checkpoints and all.
 
     `run.json` in it says what the run computes, and from which data.
     """
-    wanted = {"config": config_tree(run.config), "data": _identities(run, corpora)}
+    wanted = {
+        "config": config_tree(run.config),
+        "data": _identities(run, corpora),
+        "weights": weights_of(run),
+    }
     path, differing = run.folder / "run.json", []
     if path.is_file():
         begun = json.loads(path.read_text(encoding="utf-8"))
         differing = changes(begun["config"], run.config)
         differing += ["other data"] if begun["data"] != wanted["data"] else []
+        other_weights = begun.get("weights") != wanted["weights"]
+        differing += ["other weights to start from"] if other_weights else []
     if differing:
         number = 1
         while (aside := run.folder.with_name(f"{run.folder.name}.old{number}")).exists():
@@ -186,9 +216,17 @@ def set_aside(run: Run, corpora: Corpora, show: Show) -> None:
     write_json(path, wanted)
 
 
-def _identities(run: Run, corpora: Corpora) -> dict[str, str]:
+def _identities(run: AnyRun, corpora: Corpora) -> dict[str, str]:
     opened = {name: corpora.opened(name) for name in run.corpora}
     return {name: data.identity for name, data in opened.items() if data is not None}
+
+
+def progress_of(run: AnyRun) -> tuple[int, float | None]:
+    """Steps in a run's logs of metrics, and the last loss in one; (0, None) without any."""
+    logs = sorted(run.metric_folders(), key=lambda path: path.stat().st_mtime)
+    seen = [progress(folder) for folder in logs]
+    losses = [loss for _, loss in seen if loss is not None]
+    return sum(step for step, _ in seen), losses[-1] if losses else None
 
 
 def progress(folder: Path) -> tuple[int, float | None]:

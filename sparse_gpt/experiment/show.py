@@ -11,6 +11,7 @@ from rich.table import Table
 
 from sparse_gpt.experiment.estimate import Estimates, duration, remaining
 from sparse_gpt.experiment.plan import Run
+from sparse_gpt.experiment.record import AnyRun
 
 if TYPE_CHECKING:
     from sparse_gpt.experiment.runner import Job
@@ -106,24 +107,21 @@ class Show:
 
 
 def list_runs(
-    runs: Sequence[Run], why: dict[str, str | None], estimates: Estimates, slots: int
+    runs: Sequence[AnyRun], why: dict[str, str | None], estimates: Estimates, slots: int
 ) -> str:
     """The plan as text: a row an arm, what is done, what is left. `why`: see `why_not_done`."""
     rows = [("arm", "seeds", "done", "steps", "tokens", "FLOPs", "layers", "model", "time a run")]
-    arms = dict.fromkeys(run.arm for run in runs)
+    arms = dict.fromkeys(run.row for run in runs)
     for arm in arms:
-        mine = [run for run in runs if run.arm == arm]
+        mine = [run for run in runs if run.row == arm]
         first, done = mine[0], sum(why[run.name] is None for run in mine)
         rows.append(
             (
                 arm,
                 ",".join(str(run.seed) for run in mine),
                 f"{done}/{len(mine)}",
-                f"{first.plan.steps:,}",
-                f"{first.plan.tokens:,}",
-                f"{first.plan.flops_total:.4e}",
-                f"{first.ratio_layers:.4f}",
-                f"{first.ratio_model:.4f}",
+                *_work(first),
+                *_ratios(first),
                 duration(estimates.seconds(first)),
             )
         )
@@ -142,6 +140,20 @@ def list_runs(
         f"{slots} side by side"
     )
     return "\n".join(lines)
+
+
+def _work(run: AnyRun) -> tuple[str, str, str]:
+    """Steps, tokens and FLOPs; of fine-tuning at most, and unknown before its data is made."""
+    if not run.plan.steps:
+        return "?", "?", "?"
+    return f"{run.plan.steps:,}", f"{run.plan.tokens:,}", f"{run.plan.flops_total:.4e}"
+
+
+def _ratios(run: AnyRun) -> tuple[str, str]:
+    """FLOPs over the baseline's, of the sparsified layers and of all; for pretraining."""
+    if not isinstance(run, Run):
+        return "", ""
+    return f"{run.ratio_layers:.4f}", f"{run.ratio_model:.4f}"
 
 
 def _clock() -> str:

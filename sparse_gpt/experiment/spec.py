@@ -73,13 +73,34 @@ class Arm(Section):
         return self
 
 
+class FinetuneStage(Section):
+    """Fine-tune what was pretrained, in each of `modes`; runs without masks only in mode dense.
+
+    `arms`: default, those of group main. `config`: that of a fine-tuning (`FinetuneConfig`), its
+    `data` naming corpora of the experiment; what the experiment sets itself is left out.
+    """
+
+    modes: Annotated[tuple[Literal["dense", "sparse", "gradual"], ...], Field(min_length=1)] = (
+        "dense",
+        "sparse",
+    )
+    arms: tuple[Name, ...] | None = None
+    config: dict[str, Any]
+
+
+class Stage(Section):
+    """What follows the pretraining of every seed of an arm."""
+
+    finetune: FinetuneStage
+
+
 class Experiment(Section):
     """A grid of runs. `base` is a run's configuration; `base_config` a file it is added to.
 
     `data` of the base may name a corpus of this file (`data: [{path: novels}]`); where there is
     one corpus alone it need not. `ranks`: processes a run; `jobs`: runs side by side, default as
     many as cores or GPUs allow. `launcher`: arguments of the deepspeed command for runs on several
-    nodes, e.g. [--hostfile, hosts].
+    nodes, e.g. [--hostfile, hosts]. `stages`: what follows each pretraining, in this order.
     """
 
     name: Name
@@ -92,6 +113,7 @@ class Experiment(Section):
     baseline: Name
     arms: dict[Name, Arm]
     compare: tuple[tuple[Name, Name], ...] | None = None
+    stages: tuple[Stage, ...] = ()
     ranks: Positive = 1
     jobs: Positive | None = None
     launcher: tuple[str, ...] = ()
@@ -117,6 +139,13 @@ class Experiment(Section):
             for arm in pair:
                 if arm not in self.arms:
                     raise ValueError(f"compare: {arm} is no arm; arms: {', '.join(self.arms)}")
+        modes = [mode for stage in self.stages for mode in stage.finetune.modes]
+        if len(set(modes)) != len(modes):
+            raise ValueError("stages: a mode of fine-tuning is given twice")
+        for stage in self.stages:
+            for arm in stage.finetune.arms or ():
+                if arm not in self.arms:
+                    raise ValueError(f"stages.finetune.arms: {arm} is no arm")
         for name, corpus in self.data.items():
             if corpus.tokenizer_of is not None and corpus.tokenizer_of not in self.data:
                 raise ValueError(f"data.{name}.tokenizer_of: {corpus.tokenizer_of} is no corpus")

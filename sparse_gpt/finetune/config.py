@@ -20,6 +20,7 @@ from sparse_gpt.config import (
 )
 
 Rate = Annotated[float, Field(gt=0.0)]
+DEFAULT_LR = 1e-4
 
 
 class FinetuneConfig(Section):
@@ -59,7 +60,7 @@ class FinetuneConfig(Section):
 
     lr_grid: Annotated[tuple[Rate, ...], Field(min_length=1)] | None = None
     keep_checkpoints: Literal["best", "all"] = "best"
-    optimizer: OptimizerConfig = OptimizerConfig(lr=1e-4)
+    optimizer: OptimizerConfig = OptimizerConfig(lr=DEFAULT_LR)
     schedule: ScheduleConfig | None = None  # default: by mode, see `resolved_schedule`
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     checkpointing: CheckpointConfig = CheckpointConfig(keep_last=1)
@@ -88,8 +89,7 @@ class FinetuneConfig(Section):
                 "not let us; set deepspeed.zero_stage: 2 or lower"
             )
         if self.lr_grid is not None:
-            given = "optimizer" in self.model_fields_set
-            if given and "lr" in self.optimizer.model_fields_set:
+            if self.optimizer.lr not in (DEFAULT_LR, OptimizerConfig().lr):  # as files have it
                 raise ValueError("optimizer.lr and lr_grid are both given; leave one of them out")
             if len(set(self.lr_grid)) < len(self.lr_grid):
                 raise ValueError("lr_grid: a learning rate is given twice")

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from sparse_gpt.config_file import validate
+from sparse_gpt.config_file import read_tree, validate
 from sparse_gpt.errors import UserError
 from sparse_gpt.finetune.config import FinetuneConfig
 from tests.finetune.runs import results_of, tune
@@ -25,6 +25,10 @@ def grid(corpus, pretrained, tmp_path_factory):
     return run, tuned(corpus, run, pretrained.run, *GRID)["results"]
 
 
+def load(path):
+    return validate(FinetuneConfig, read_tree(path), str(path))
+
+
 def of_lr(run, lr):
     return json.loads((run / f"lr-{lr}" / "results.json").read_text())
 
@@ -32,6 +36,7 @@ def of_lr(run, lr):
 def test_the_lowest_validation_loss_is_chosen_and_tested(corpus, pretrained, grid, tmp_path):
     run, results = grid
     assert results == json.loads((run / "results.json").read_text())
+    assert load(run / "finetune.yaml").lr_grid == (2e-4, 2e-3, 1e30)
     assert results["lr_grid"].keys() == {"0.0002", "0.002", "1e+30"}
     assert results["lr_grid"]["1e+30"] is None
     assert "non-finite" in of_lr(run, "1e+30")["diverged"]
