@@ -75,6 +75,22 @@ def test_the_shipped_experiment_is_table_21_in_small(monkeypatch, tmp_path):
     assert [run.plan.sparsity for run in runs if run.stage == "pretrain"] == [0.0, 0.5, 0.75]
 
 
+def test_table_21_has_the_paper_s_recipe(tmp_path):
+    experiment = load_experiment(ROOT / "configs/experiments/table21.yaml")
+    runs: list[Any] = all_runs(Planner(experiment, tmp_path))
+    tuned = [run for run in runs if run.stage == "finetune"]
+    assert [run.row for run in tuned] == [
+        "dense, then dense",
+        *(f"wide{s}, then {mode}" for s in (50, 75) for mode in ("dense", "sparse")),
+    ]
+    for run in tuned:
+        config = run.config
+        assert config.lr_grid == (5e-3, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+        assert (config.global_batch_size, config.epochs, config.seq_len) == (32, 10, None)
+        assert run.after.plan.model.n_positions == 2048
+        assert config.evaluation.patience == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
