@@ -21,10 +21,16 @@ class DataSource(Section):
 
 
 SMET_WARMUP = 50
+ROLLBACKS = 3
 
 
 class OptimizerConfig(Section):
     """AdamW. Biases, LayerNorms and embeddings do not decay.
+
+    `on_nonfinite`: what follows `max_nonfinite_steps` steps in a row whose loss or gradient is not
+    finite, none of which changes anything. `rollback`: the last checkpoint is loaded, and the data
+    since is skipped: the run goes on with the batch after the last bad one; at most
+    `max_rollbacks` times.
 
     `growth`: how weights that a topology update grew are stepped, always from zero moments.
     `global_step`: by the step count of the run (the papers). `smet`: each by a count of its own,
@@ -37,7 +43,9 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0.0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.1
     grad_clip: Annotated[float, Field(ge=0.0)] = 1.0  # 0 = off
-    max_nonfinite_steps: Positive = 10  # skipped steps in a row before the run ends
+    max_nonfinite_steps: Positive = 10  # skipped steps in a row, then `on_nonfinite`
+    on_nonfinite: Literal["stop", "rollback"] = "stop"
+    max_rollbacks: Positive = ROLLBACKS
     growth: Literal["global_step", "smet"] = "global_step"
     smet_warmup: Positive = SMET_WARMUP
 
@@ -45,6 +53,8 @@ class OptimizerConfig(Section):
     def _check(self) -> "OptimizerConfig":
         if self.growth != "smet" and self.smet_warmup != SMET_WARMUP:
             raise ValueError(f"smet_warmup is set, but growth is {self.growth}, not smet")
+        if self.on_nonfinite == "stop" and self.max_rollbacks != ROLLBACKS:
+            raise ValueError("max_rollbacks is set, but on_nonfinite is stop, not rollback")
         return self
 
 

@@ -54,6 +54,7 @@ class PackedDataset:
         self.split, self.seq_len, self.document_attention = split, seq_len, document_attention
         self.vocab_size, self.eos_id = common_vocabulary([source for source, _ in data])
         self._splits = [source.split(split) for source, _ in data]
+        self._paths = [source.path for source, _ in data]
         self.sizes = []
         for source, tokens in zip((source for source, _ in data), self._splits):
             size = (tokens.n_tokens - 1) // seq_len
@@ -80,6 +81,16 @@ class PackedDataset:
     def sample(self, i: int) -> Sample:
         """Sample i of the shuffled, endless training stream."""
         return self.item(*self.order.locate(i))
+
+    def describe(self, i: int) -> str:
+        """Where sample i lies: its source, tokens and documents, all counted from 0."""
+        source, item = self.order.locate(i)
+        start, stop = item * self.seq_len, (item + 1) * self.seq_len
+        documents = self._splits[source].document_ids(start, self.seq_len)
+        first, last = int(documents[0]), int(documents[-1])
+        of = f"document {first}" if first == last else f"documents {first} to {last}"
+        where = f"tokens {start} to {stop - 1} of {self._paths[source]}, {self.split}, {of}"
+        return f"sample {i}: {where}"
 
 
 def common_vocabulary(sources: Sequence[TokenData]) -> tuple[int, int]:

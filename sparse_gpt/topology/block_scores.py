@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_gpt.topology.bits import chunk_size, chunks
+from sparse_gpt.topology.keys import NonFiniteScores
 
 _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
@@ -34,7 +35,7 @@ def block_scores(
 
     `parts[i]`: start and values (1-D) of this rank's elements of layer i, None for none. `l2`:
     squared norm of a block in fixed point, in units of the layer's own, or of one for all layers
-    (`common_scale`); `max`: the bits of its largest magnitude. Every rank raises `ValueError`
+    (`common_scale`); `max`: the bits of its largest magnitude. Every rank raises `NonFiniteScores`
     where a value is not finite on any rank.
     """
     largest = torch.zeros(len(parts), dtype=torch.int32, device=device)
@@ -43,7 +44,7 @@ def block_scores(
             largest[i] = _largest(part[1])
     tops = reduce_max(largest).tolist()
     if any(top >= _INFINITY for top in tops):
-        raise ValueError("scores are not finite: no topology update")
+        raise NonFiniteScores
     if common_scale:
         tops = [max(tops)] * len(tops)
     grids = [(rows // block[0], columns // block[1]) for rows, columns in shapes]

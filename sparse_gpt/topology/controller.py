@@ -30,6 +30,7 @@ from sparse_gpt.ops import BlockLayout, Pattern
 from sparse_gpt.topology import agreement
 from sparse_gpt.topology.bits import Bits, chunks
 from sparse_gpt.topology.ever_active import EverActive
+from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.methods import Method, Sets
 from sparse_gpt.topology.scorer import Scorer
@@ -391,7 +392,7 @@ class TopologyController:
         units = self._scorer.units(names, index, scored=True, whole_model=self.whole_model)
         try:
             new = self.method.update(units, Sets(self._spread(active)), targets, step)
-        except ValueError as error:  # on every rank
+        except NonFiniteScores as error:  # on every rank
             raise UserError(
                 f"step {step}: {error}; a weight became infinite or NaN in it. Lower optimizer.lr"
             ) from error

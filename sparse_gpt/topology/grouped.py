@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.groups import best_in_groups
+from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.topology.n_m import pinned, tile_benefits, tiles_of, transposable_mask, untiled
 from sparse_gpt.topology.random import RandomKey
 from sparse_gpt.topology.structure import Groups
@@ -114,7 +115,7 @@ class GroupedUnits(_Grouped, ShardedUnits):
         keys = self._put_together(source.keys(0, source.numel), i, source.total)
         finite = source.is_finite(keys)
         if finite is not None and not finite:
-            raise ValueError("scores are not finite: no topology update")
+            raise NonFiniteScores
         return keys[first:last]
 
     def _put_together(self, part: Tensor, i: int, total: int) -> Tensor:

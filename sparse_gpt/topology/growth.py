@@ -21,6 +21,7 @@ from torch import Tensor
 
 from sparse_gpt.ops import BlockLayout, Growth
 from sparse_gpt.topology.block_scores import block_scores
+from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.topology.structure import BlockStructure
 
 
@@ -124,7 +125,7 @@ class ExactGrowth(GrowthScores):
             return
         try:
             self._scores[name] = self._score(name)
-        except ValueError:  # on every rank
+        except NonFiniteScores:  # on every rank
             self._bad = True
         self._keep(name, None)
 

@@ -17,6 +17,13 @@ _MAGNITUDE = 0x7FFFFFFF
 _INFINITY = 0x7F800000
 
 
+class NonFiniteScores(ValueError):
+    """A score is infinite or NaN, on any rank; every rank raises it."""
+
+    def __init__(self) -> None:
+        super().__init__("scores are not finite: no topology update")
+
+
 class Source(ABC):
     """This rank's part of a layer's candidates: positions `start .. start + numel - 1` of `total`.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from sparse_gpt.topology.bits import Bits
-from sparse_gpt.topology.keys import Source
+from sparse_gpt.topology.keys import NonFiniteScores, Source
 from sparse_gpt.topology.passes import TOP, Bracket, Part
 
 Reduce = Callable[[Tensor], Tensor]
@@ -213,7 +213,7 @@ def _round(live: list[tuple[_Group, list[Part]]], reduce: Reduce, check: bool) -
                 part.count_all(bracket, stats[row], keep, check)
     for (group, _), row, keep in zip(live, reduce(stats).cpu().numpy(), kept):
         if row[0]:
-            raise ValueError("scores are not finite: no topology update")
+            raise NonFiniteScores
         group.narrow(int(row[1]), row[2:].astype(np.int64), keep)
 
 

@@ -4,17 +4,22 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import dump_yaml
-from sparse_gpt.data.loader import Batch, PackedDataset, TrainLoader, common_vocabulary
+from sparse_gpt.data.loader import (
+    Batch,
+    BatchStream,
+    PackedDataset,
+    TrainLoader,
+    common_vocabulary,
+)
 from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.errors import Stopped, UserError
@@ -26,6 +31,7 @@ from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build, unfreezing
 from sparse_gpt.train.checkpoint import Checkpointer
 from sparse_gpt.train.drift import check_drift, conversion
+from sparse_gpt.train.dry_run import dry_run
 from sparse_gpt.train.engine import (
     build_model,
     deepspeed_config,
@@ -40,25 +46,15 @@ from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import Diverged, StepHealth, clip_gradients, inspect_step
 from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
 from sparse_gpt.train.metrics import Metrics
+from sparse_gpt.train.nonfinite import describe_bad_step
 from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.provenance import write_provenance
+from sparse_gpt.train.records import first_topology_record, step_record, update_record
 from sparse_gpt.train.signals import StopRequests, deadline_of, describe
+from sparse_gpt.train.spikes import spike_record
+from sparse_gpt.train.state import TrainState
 from sparse_gpt.train.throughput import Throughput
 from sparse_gpt.train.watch import Watch
-
-
-@dataclass
-class TrainState:
-    """What a checkpoint keeps besides tensors."""
-
-    step: int = 0  # optimizer steps attempted; the position of every schedule
-    samples: int = 0  # sequences consumed; the position in the data
-    tokens: int = 0
-    flops_spent: int = 0
-    skipped_steps: int = 0  # non-finite
-    best_loss: float | None = None
-    bad_validations: int = 0  # in a row, without a new best
-    finished: bool = False  # stopped early for good
 
 
 class Trainer:
@@ -196,7 +192,9 @@ class Trainer:
         on_first_rank(self._open_run_dir, "output_dir")
         try:
             if state.step == 0 and config.sparsity.init_mask != "random":
-                self._log_first_topology()
+                init_mask = config.sparsity.init_mask
+                record = first_topology_record(init_mask, state, self.controller)
+                self.metrics.log("topology", 0, record)
             if state.step >= self.total_steps or state.finished:
                 self.metrics.say(f"nothing to do: the run ended at step {state.step}")
                 return state
@@ -212,14 +210,7 @@ class Trainer:
 
     def _train_until(self, last_step: int) -> None:
         config, state = self.config, self.state
-        loader = TrainLoader(
-            self.train_data,
-            config.micro_batch_size,
-            self.rank,
-            self.world_size,
-            config.accumulation(self.world_size),
-        )
-        batches = loader.batches(state.samples)
+        batches = self._batches()
         self.throughput = Throughput(
             self.ledger,
             config.seq_len,
@@ -233,7 +224,8 @@ class Trainer:
         saved = state.step
         stops: Sequence[float] = ()
         try:
-            for step in range(state.step + 1, last_step + 1):
+            while state.step < last_step:
+                step = state.step + 1
                 lr = self._set_lr(step)
                 self.watch.step = step
                 self.stop_requests.begin(step)
@@ -241,17 +233,23 @@ class Trainer:
                 self.watch.rest()
                 flops = self._account(step, health)
                 nonfinite = 0 if health.finite else nonfinite + 1
+                self._log_numbers(step, health)
                 if nonfinite >= config.optimizer.max_nonfinite_steps:
-                    raise Diverged(
+                    self._roll_back(
                         f"{nonfinite} steps in a row had a non-finite loss or gradient (last: step "
-                        f"{step}, loss {health.loss}); the weights are those of step "
-                        f"{step - nonfinite}. Lower optimizer.lr, or look at the data there"
+                        f"{step}, loss {health.loss}; {self._bad_step})",
+                        step - nonfinite,
                     )
+                    batches.close()
+                    batches, nonfinite, saved = self._batches(), 0, state.step
+                    continue
                 self.throughput.add(config.batch(self.world_size) * config.seq_len, flops)
                 if update is not None:
-                    self._log_update(step, update)
+                    self.metrics.log("topology", step, update_record(step, update, self.controller))
                 if step % config.logging.every == 0 or step == last_step or not health.finite:
-                    self._log_step(step, health, lr)
+                    speed = self.throughput.read()
+                    record = step_record(state, health, lr, speed, self.controller)
+                    self.metrics.log("train", step, record)
                 self.metrics.advance(step)
                 if self._validation_due(step):
                     with self.throughput.paused():
@@ -271,6 +269,45 @@ class Trainer:
         if any(stops) and not state.finished and state.step < last_step:
             self._stop(stops)
 
+    def _batches(self) -> BatchStream:
+        c = self.config
+        accumulation = c.accumulation(self.world_size)
+        loader = TrainLoader(
+            self.train_data, c.micro_batch_size, self.rank, self.world_size, accumulation
+        )
+        return loader.batches(self.state.samples)
+
+    def _log_numbers(self, step: int, health: StepHealth) -> None:
+        if not health.finite:
+            self.metrics.log("nonfinite", step, {"loss": health.loss, "found": self._bad_step})
+            self.metrics.say(f"skipped    step {step}  {self._bad_step}")
+            return
+        if spike := spike_record(health.loss, self.state.recent_losses):
+            self.metrics.log("spike", step, spike)
+        self.state.remember(health.loss)
+
+    def _roll_back(self, what: str, good_step: int) -> None:
+        """To the last checkpoint; the data since is skipped. `Diverged` where it may not."""
+        settings, state = self.config.optimizer, self.state
+        newest = self.checkpointer.newest() if settings.on_nonfinite == "rollback" else None
+        if newest is None or state.rollbacks >= settings.max_rollbacks:
+            tried = f" after {state.rollbacks} rollbacks" if state.rollbacks else ""
+            raise Diverged(
+                f"{what}{tried}; the weights are those of step {good_step}. Lower optimizer.lr, or "
+                "look at the data there"
+            )
+        manifest = self.checkpointer.load(newest)
+        saved = TrainState()
+        saved.restore(manifest["state"], newest)
+        state.roll_back(saved)
+        self.metrics.rewind(state.step)
+        skipped = state.samples - saved.samples
+        values = {"because": what, "skipped_samples": skipped, "rollbacks": state.rollbacks}
+        self.metrics.log("rollback", state.step, values)
+        self.metrics.say(
+            f"rolled back to step {state.step}  {newest}: {what}; {skipped} samples are skipped"
+        )
+
     def _stop(self, stops: Sequence[float]) -> NoReturn:
         step = self.state.step
         self.stop_requests.end()
@@ -283,7 +320,7 @@ class Trainer:
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepHealth, UpdateReport | None]:
         """One optimizer step over the whole global batch."""
         accumulation = self.config.accumulation(self.world_size)
-        loss_sum = torch.zeros((), device=self.device)
+        loss_sum, losses = torch.zeros((), device=self.device), []
         self.engine.train()
         self.controller.begin_step(step)
         self._step_weights = self.controller.step_weights(step)
@@ -292,7 +329,8 @@ class Trainer:
             batch = to_device(next(batches), self.device)
             loss = self.engine(**batch)
             self.engine.backward(loss)
-            loss_sum += loss.detach()
+            losses.append(loss.detach())
+            loss_sum += losses[-1]
             if micro_step < accumulation - 1:
                 self.engine.step()
         self.watch.mark()
@@ -309,6 +347,10 @@ class Trainer:
         if health.finite:
             clip_gradients(self.shards, health.grad_norm, self.config.optimizer.grad_clip)
         else:
+            size = self.config.micro_batch_size
+            self._bad_step = describe_bad_step(
+                self.shards, losses, self.train_data, self.state.samples, size
+            )
             self.shards.zero_gradients()
         self.controller.arm(step, health.finite, self.optimizer)
         self.engine.step()
@@ -327,21 +369,9 @@ class Trainer:
         unfreezing.zero_gradients(self.shards, frozen)
 
     def _dry_run(self) -> None:
-        """One step that changes nothing: out-of-memory and broken shapes show before step 1."""
-        states = (torch.get_rng_state(), _cuda_rng_state(self.device))
-        self.engine.train()
         self.controller.begin_step(0)
-        c = self.config
-        ids = torch.zeros(c.micro_batch_size, c.seq_len, dtype=torch.int64, device=self.device)
-        documents = ids if c.document_attention else None
-        for _ in range(c.accumulation(self.world_size)):
-            self.engine.backward(self.engine(ids, ids, document_ids=documents))
-            self.optimizer.hold = True
-            self.engine.step()
-        self.optimizer.hold = False
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1], self.device)
+        accumulation = self.config.accumulation(self.world_size)
+        dry_run(self.engine, self.optimizer, self.config, accumulation)
 
     def _set_lr(self, step: int) -> float:
         c = self.config
@@ -418,11 +448,7 @@ class Trainer:
     def load(self, path: Path) -> dict[str, Any]:
         """Restore everything from one checkpoint; returns its manifest. A collective."""
         manifest = self.checkpointer.load(path)
-        saved = manifest["state"]
-        if saved.keys() != asdict(self.state).keys():
-            raise UserError(f"broken checkpoint {path}: its state holds {sorted(saved)}")
-        for key, value in saved.items():
-            setattr(self.state, key, value)
+        self.state.restore(manifest["state"], path)
         return manifest
 
     def _resume(self) -> None:
@@ -450,42 +476,6 @@ class Trainer:
             key = derive_key(self.config.seed, "resumed", self.state.step, self.rank)
             torch.manual_seed(key % 2**63)
 
-    def _log_step(self, step: int, health: StepHealth, lr: float) -> None:
-        values = {
-            "loss": health.loss,
-            "lr": lr,
-            "grad_norm": health.grad_norm,
-            "tokens": self.state.tokens,
-            **self.throughput.read(),
-            "flops_spent": self.state.flops_spent,
-            "sparsity": _sparsity(*self.controller.counts()),
-            "skipped_steps": self.state.skipped_steps,
-        }
-        self.metrics.log("train", step, values)
-
-    def _log_first_topology(self) -> None:
-        shares = [mask.active / mask.units for mask in self.controller.masks.values()]
-        values = {
-            "init_mask": self.config.sparsity.init_mask,
-            "sparsity": _sparsity(*self.controller.counts()),
-            "flops_spent": self.state.flops_spent,
-            "least_kept": min(shares),
-            "most_kept": max(shares),
-        }
-        self.metrics.log("topology", 0, values)
-
-    def _log_update(self, step: int, update: UpdateReport) -> None:
-        values = {
-            "sparsity": _sparsity(*self.controller.counts()),
-            "churn": update.churn,
-            "drop_fraction": self.controller.method.schedule.drop_fraction(step),
-            "dropped": update.dropped,
-            "replaced": update.replaced,
-        }
-        if update.growth_bytes:
-            values["growth_mb"] = update.growth_bytes / 1e6
-        self.metrics.log("topology", step, values)
-
     def _open_run_dir(self) -> None:
         """Rank 0: provenance, the log, and the tokenizer, so that an export needs nothing else."""
         write_provenance(self.run_dir, dump_yaml(self.config))
@@ -506,11 +496,3 @@ class Trainer:
 
 def _together(action: Callable[[], object]) -> None:
     on_every_rank(action, "the weights to start from")
-
-
-def _sparsity(active: int, total: int) -> float:
-    return 1.0 - active / total if total else 0.0
-
-
-def _cuda_rng_state(device: torch.device) -> Tensor | None:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else None

@@ -1,8 +1,8 @@
 """What a run tells: JSONL and TensorBoard always, wandb on request, lines or a live bar.
 
-Only rank 0 speaks. `metrics.jsonl` holds one object a line, `kind` is `train`, `validation` or
-`topology`; a resumed run first drops the lines after the step it resumes from, so the file is
-always one clean curve.
+Only rank 0 speaks. `metrics.jsonl` holds one object a line, `kind` is `train`, `validation`,
+`topology`, `nonfinite`, `spike` or `rollback`; a resumed run first drops the lines after the step
+it resumes from, so the file is always one clean curve.
 """
 
 import json
@@ -19,6 +19,8 @@ from sparse_gpt.errors import UserError
 
 FORMATS = {
     "loss": "{:.4f}",
+    "median": "{:.4f}",
+    "limit": "{:.4f}",
     "perplexity": "{:.2f}",
     "lr": "{:.2e}",
     "grad_norm": "{:.3f}",
@@ -56,12 +58,7 @@ class Metrics:
         """Open the log after `step` steps; later lines of an earlier, ended session are dropped."""
         if not self.active:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._trim(step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        folder = self._run_dir / "tensorboard"
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        self._open(step)
         if self._config.wandb:
             try:
                 import wandb  # pyright: ignore[reportMissingImports]
@@ -81,6 +78,23 @@ class Metrics:
             )
             self._task = self._progress.add_task("steps", total=self.total_steps, completed=step)
             self._progress.start()
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step` steps: the run goes on from there once more."""
+        if not self.active:
+            return
+        self._file.close()
+        self._board.close()
+        self._open(step)
+        self.advance(step)
+
+    def _open(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._trim(step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        folder = self._run_dir / "tensorboard"
+        self._board = SummaryWriter(str(folder), purge_step=step + 1)
 
     def _trim(self, step: int) -> None:
         if not self.path.exists():

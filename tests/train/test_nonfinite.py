@@ -1,0 +1,176 @@
+"""Numbers that are not finite, and loss spikes: reported by place, counted, rolled back."""
+
+import hashlib
+import json
+import math
+
+import pytest
+
+from sparse_gpt.config import OptimizerConfig
+from sparse_gpt.errors import UserError
+from sparse_gpt.train.spikes import LEAST, spike_record
+from sparse_gpt.train.state import TrainState
+from tests.contracts.runs import run_config, trainer
+from tests.ranks import run_ranks
+from tests.tiny import write_corpus
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus") / "tiny"
+    return str(write_corpus(folder, documents=40, val_documents=2))
+
+
+def train(corpus, out, bad_samples, gradient=False, **changes):
+    """A run in which some samples of the data are poison: to the loss, or to the gradient alone."""
+    said, steps, states = [], [], []
+    with trainer(run_config(corpus, out, **changes)) as made:
+        poison = [made.train_data.sample(i)["tokens"][:-1].tolist() for i in bad_samples]
+        inside = []
+
+        def look(module, inputs, kwargs):
+            ids = inputs[0] if inputs else kwargs["input_ids"]
+            inside[:] = [any(row in poison for row in ids.tolist())]
+
+        def spoil(module, inputs, output):
+            if not (inside and inside[0] and output.requires_grad):
+                return output
+            if not gradient:
+                return output * math.inf
+            output.register_hook(lambda found: found * math.nan)
+            return output
+
+        made.engine.module.register_forward_pre_hook(look, with_kwargs=True)
+        made.engine.module.h[1].register_forward_hook(spoil)
+        say, step = made.metrics.say, made._step
+        made.metrics.say = lambda text: (said.append(text), say(text))
+
+        def seen_step(number, batches):
+            steps.append((number, made.state.samples))
+            parts = [tensor for _, f in made.shards.fragments() for tensor in f.tensors().values()]
+            content = b"".join(part.float().numpy().tobytes() for part in parts)
+            states.append((hashlib.sha256(content).hexdigest(), made.controller.digest()))
+            return step(number, batches)
+
+        made._step = seen_step
+        try:
+            made.fit()
+            problem = ""
+        except UserError as error:
+            problem = str(error)
+        return {
+            "states": states,
+            "said": said,
+            "steps": steps,
+            "state": vars(made.state),
+            "problem": problem,
+        }
+
+
+def records(run, kind):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def test_a_bad_loss_is_reported_with_rank_sample_and_layer(corpus, tmp_path):
+    """Sample 22 is in step 3 (8 samples a step, 2 a micro-batch), micro-step 2 of rank 1."""
+    first, second = run_ranks(
+        2, train, corpus, str(tmp_path / "run"), [22], max_steps=4, optimizer__max_nonfinite_steps=1
+    )
+    assert first["problem"] == second["problem"]
+    said = first["problem"]
+    assert "1 steps in a row" in said and "last: step 3, loss " in said
+    assert "the loss of micro-step 2 of rank 1 (sample 22: tokens " in said
+    assert "; sample 23: tokens " in said and f" of {corpus}, train, document" in said
+    assert "gradients of " in said and "the farthest " in said
+    assert first["state"]["skipped_steps"] == 1
+
+
+def test_a_bad_gradient_is_reported_with_the_layer_nearest_the_loss(corpus, tmp_path):
+    run = tmp_path / "run"
+    first, _ = run_ranks(2, train, corpus, str(run), [0], gradient=True, max_steps=3)
+    assert first["problem"] == "" and first["state"]["skipped_steps"] == 1
+    (record,) = records(run, "nonfinite")
+    assert record["step"] == 1 and math.isfinite(record["loss"])
+    assert "no loss of samples 0 to 7" in record["found"]
+    nearest = record["found"].split("the nearest to the loss ")[1].split(",")[0]
+    assert nearest.startswith("h.1.")
+    assert f"skipped    step 1  {record['found']}" in first["said"]
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after(corpus, tmp_path):
+    """Bad are steps 5 and 6; the checkpoint is of step 4, so that samples 32 to 47 are skipped."""
+    run = tmp_path / "run"
+    changes = {
+        "max_steps": 8,
+        "checkpoint__every": 2,
+        "optimizer__max_nonfinite_steps": 2,
+        "optimizer__on_nonfinite": "rollback",
+    }
+    first, second = run_ranks(2, train, corpus, str(run), [33, 41], **changes)
+    assert (
+        first["steps"]
+        == second["steps"]
+        == [
+            *((step, 8 * step - 8) for step in range(1, 7)),
+            *((step, 8 * step + 8) for step in range(5, 9)),
+        ]
+    )
+    state = first["state"]
+    assert (state["step"], state["samples"], state["skipped_steps"]) == (8, 80, 2)
+    assert state["rollbacks"] == 1 and state["tokens"] == 80 * 32
+    (record,) = records(run, "rollback")
+    assert record["step"] == 4 and record["skipped_samples"] == 16
+    assert [r["step"] for r in records(run, "train")] == list(range(1, 9))
+    assert any(text.startswith("rolled back to step 4  ") for text in first["said"])
+    assert all(math.isfinite(float(r["loss"])) for r in records(run, "train"))
+    # Weights, moments and masks before step 5, both times; the first bad step is step 5.
+    starts = first["states"]
+    assert starts[4] == starts[6] and len({*starts[:5], *starts[7:]}) == 8
+
+
+def test_rollbacks_are_limited_and_need_a_checkpoint(corpus, tmp_path):
+    changes = {
+        "max_steps": 8,
+        "optimizer__max_nonfinite_steps": 1,
+        "optimizer__on_nonfinite": "rollback",
+        "optimizer__max_rollbacks": 1,
+    }
+    bad = [16, 24]
+    for name, every, tried in (("with", 1, " after 1 rollbacks"), ("without", None, "")):
+        out = tmp_path / name
+        found = run_ranks(1, train, corpus, str(out), bad, checkpoint__every=every, **changes)[0]
+        assert f"{tried}; the weights are those of step 2. Lower" in found["problem"]
+        assert found["state"]["rollbacks"] == (1 if tried else 0)
+
+
+def test_max_rollbacks_needs_rollback():
+    with pytest.raises(ValueError, match="max_rollbacks is set, but on_nonfinite is stop"):
+        OptimizerConfig(max_rollbacks=7)
+
+
+# Spikes.
+
+
+def test_a_spike_is_a_loss_far_above_the_median_of_those_before():
+    quiet = [3.0 + 0.01 * (i % 3) for i in range(LEAST)]
+    assert spike_record(9.0, quiet[1:]) is None, "too few"
+    assert spike_record(3.05, quiet) is None
+    found = spike_record(4.0, quiet)
+    assert found is not None and found["median"] == 3.01
+    assert found["limit"] == pytest.approx(3.01 + 8 * 0.01 * 3.01)
+    assert spike_record(4.0, [*quiet[5:], 9.0, 9.0, 9.0, 9.0, 9.0]) is not None, "outliers"
+    noisy = [3.0 + 0.1 * (i % 5) for i in range(LEAST)]
+    assert spike_record(4.0, noisy) is None
+    assert spike_record(1.0, quiet) is None, "downward"
+
+
+def test_a_state_of_an_earlier_version_is_read(tmp_path):
+    saved = vars(TrainState(step=3, samples=24))
+    old = {key: value for key, value in saved.items() if key not in ("recent_losses", "rollbacks")}
+    state = TrainState(rollbacks=2, recent_losses=[1.0])
+    state.restore(old, tmp_path)
+    assert state == TrainState(step=3, samples=24)
+    for broken in ({**saved, "more": 1}, {k: v for k, v in saved.items() if k != "tokens"}):
+        with pytest.raises(UserError, match="its state holds"):
+            state.restore(broken, tmp_path)
