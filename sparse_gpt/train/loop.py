@@ -279,7 +279,7 @@ class Trainer:
 
     def _log_numbers(self, step: int, health: StepHealth) -> None:
         if not health.finite:
-            self.metrics.log("nonfinite", step, {"loss": health.loss, "found": self._bad_step})
+            self.metrics.log("nonfinite", step, {"found": self._bad_step})
             self.metrics.say(f"skipped    step {step}  {self._bad_step}")
             return
         if spike := spike_record(health.loss, self.state.recent_losses):

@@ -45,18 +45,18 @@ class Watch:
         self.timeouts = timeouts
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.step = 0  # the one being made
-        self._marked: float | None = None
+        self._since, self._counts = time.monotonic(), False
         self._finding = self._verdict = ""  # what this rank found; what all have agreed on
         self._found, self._done = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
 
     def mark(self) -> None:
         """The main thread has made headway; the next mark, or rest, is due in `progress`."""
-        self._marked = time.monotonic()
+        self._since, self._counts = time.monotonic(), True
 
     def rest(self) -> None:
-        """What follows may take any time, such as a save; the exchanges' own timeout holds."""
-        self._marked = None
+        """What follows may take any time, such as a save, until others wait in a step."""
+        self._since, self._counts = time.monotonic(), False
 
     def __enter__(self) -> "Watch":
         if self.world_size == 1:
@@ -135,12 +135,11 @@ class Watch:
         count = 0
         while not self._done.wait(BEAT_SECONDS):
             count += 1
-            marked = self._marked
-            idle = 0.0 if marked is None else time.monotonic() - marked
+            idle = time.monotonic() - self._since
             sign: dict[str, Any] = {"count": count, "step": self.step}
             if idle > self.timeouts.progress:
-                frames = sys._current_frames()
-                sign |= {"idle": idle, "where": describe_place(frames.get(self._main))}
+                where = describe_place(sys._current_frames().get(self._main))
+                sign |= {"idle": idle, "counts": self._counts, "where": where}
             try:
                 self._store.set(f"sign/{self.rank}", json.dumps(sign))
                 if self._finding:
@@ -212,9 +211,9 @@ class Watch:
     def _stuck(self) -> str:
         signs = {rank: json.loads(sign) for rank, sign in enumerate(self._signs) if sign}
         idle = {rank: sign for rank, sign in signs.items() if "idle" in sign}
-        longest = max((sign["idle"] for sign in idle.values()), default=0.0)
+        longest = max((sign["idle"] for sign in idle.values() if sign["counts"]), default=0.0)
         # The stuck rank made its last mark first or last: all must have said where they are.
-        if not idle or (len(idle) < len(signs) and longest < self.timeouts.progress + 5):
+        if not longest or (len(idle) < len(signs) and longest < self.timeouts.progress + 5):
             return ""
         outside = [rank for rank, sign in idle.items() if not sign["where"]["exchange"]]
         named = outside or list(idle)

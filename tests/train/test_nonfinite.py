@@ -8,6 +8,7 @@ import pytest
 
 from sparse_gpt.config import OptimizerConfig
 from sparse_gpt.errors import UserError
+from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.train.spikes import LEAST, spike_record
 from sparse_gpt.train.state import TrainState
 from tests.contracts.runs import run_config, trainer
@@ -91,7 +92,7 @@ def test_a_bad_gradient_is_reported_with_the_layer_nearest_the_loss(corpus, tmp_
     first, _ = run_ranks(2, train, corpus, str(run), [0], gradient=True, max_steps=3)
     assert first["problem"] == "" and first["state"]["skipped_steps"] == 1
     (record,) = records(run, "nonfinite")
-    assert record["step"] == 1 and math.isfinite(record["loss"])
+    assert record["step"] == 1 and math.isfinite(records(run, "train")[0]["loss"])
     assert "no loss of samples 0 to 7" in record["found"]
     nearest = record["found"].split("the nearest to the loss ")[1].split(",")[0]
     assert nearest.startswith("h.1.")
@@ -142,6 +143,31 @@ def test_rollbacks_are_limited_and_need_a_checkpoint(corpus, tmp_path):
         found = run_ranks(1, train, corpus, str(out), bad, checkpoint__every=every, **changes)[0]
         assert f"{tried}; the weights are those of step 2. Lower" in found["problem"]
         assert found["state"]["rollbacks"] == (1 if tried else 0)
+
+
+def update_that_raises(corpus, out, kind):
+    with trainer(run_config(corpus, out)) as made:
+
+        def update(*arguments):
+            raise NonFiniteScores if kind == "scores" else ValueError("a fault")
+
+        made.controller.method.update = update
+        try:
+            made.fit()
+        except ValueError as error:
+            return type(error).__name__, str(error)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected", "words"),
+    [
+        ("scores", "UserError", "step 3: scores are not finite: no topology update; a weight"),
+        ("other", "ValueError", "a fault"),
+    ],
+)
+def test_only_bad_scores_are_reported_as_bad_weights(corpus, tmp_path, kind, expected, words):
+    ((name, message),) = run_ranks(1, update_that_raises, corpus, str(tmp_path / "run"), kind)
+    assert name == expected and message.startswith(words)
 
 
 def test_max_rollbacks_needs_rollback():

@@ -32,11 +32,14 @@ def work(faulty, fault, timeouts):
     with watch.Watch(TimeoutsConfig(**timeouts)) as watching:
         for step in range(1, STEP + 2):
             watching.step = step
-            watching.mark()
+            if fault == "hang between" and dist.get_rank() == faulty:
+                watching.rest()
+            else:
+                watching.mark()
             if step == STEP:
                 time.sleep(0.5)  # until the step is known
                 if dist.get_rank() == faulty:
-                    if fault == "hang":
+                    if fault in ("hang", "hang between"):
                         stay_here()
                     elif fault == "fail":
                         raise ZeroDivisionError("a fault")
@@ -74,13 +77,15 @@ def test_a_rank_that_fails_is_named_with_its_error(monkeypatch):
     assert f": rank 1 on {HOST} failed in step 3: ZeroDivisionError: a fault" in said
 
 
-def test_a_rank_that_hangs_is_named_with_the_place(monkeypatch):
-    said = lost(monkeypatch, 3, 1, "hang", progress=2.0)
+@pytest.mark.parametrize("fault", ["hang", "hang between"])  # in a step, or between two
+def test_a_rank_that_hangs_is_named_with_the_place(monkeypatch, fault):
+    said = lost(monkeypatch, 3, 1, fault, progress=2.0)
     assert "step 3 has made no headway for 2 s (timeouts.progress): " in said
     assert f"rank 1 on {HOST} is in {__file__}:" in said
     assert "stay_here; 2 others wait in an exchange" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_a_frozen_rank_is_named(monkeypatch, faulty):
     said = lost(monkeypatch, 2, faulty, signal.SIGSTOP, silence=2.0)
