@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from unittest.mock import patch
 
 import pytest
 
@@ -151,11 +152,11 @@ def update_that_raises(corpus, out, kind):
         def update(*arguments):
             raise NonFiniteScores if kind == "scores" else ValueError("a fault")
 
-        made.controller.method.update = update
-        try:
-            made.fit()
-        except ValueError as error:
-            return type(error).__name__, str(error)
+        with patch.object(type(made.controller.method), "update", update):
+            try:
+                made.fit()
+            except ValueError as error:
+                return type(error).__name__, str(error)
 
 
 @pytest.mark.parametrize(
