@@ -73,7 +73,7 @@ class Remaining:
     """
 
     def __init__(self, estimates: dict[str, Estimate]) -> None:
-        self._estimates = estimates
+        self._estimates = dict(estimates)
         self._finished = 0.0  # projected seconds of what is finished
         self._start = self._last = time.monotonic()
         self._name, self._count, self._answered = "", 0, 0
@@ -87,8 +87,17 @@ class Remaining:
         self._number += 1
 
     def advance(self, answered: int, tokens: int) -> None:
-        """So many more requests of the task are answered; says so now and then."""
-        self._answered += answered
+        """So many more requests of the task are answered; says so now and then.
+
+        Without tokens they were answered before this start, and take none of its time.
+        """
+        if tokens:
+            self._answered += answered
+        elif answered:
+            was = self._estimates[self._name]
+            left = (was.seconds - was.reading) * (1 - answered / self._count)
+            self._estimates[self._name] = Estimate(was.reading + left, was.reading, was.tokens)
+            self._count -= answered
         now = time.monotonic()
         if now - self._last < SECONDS_BETWEEN_LINES:
             return
