@@ -62,10 +62,12 @@ def test_a_run_that_was_killed_twice_leaves_the_record_of_an_undisturbed_one(tmp
     assert start(whole) == 0
 
     runner = start_elsewhere(parts)
-    wait_for_step(parts, 3 * EVERY)
-    children = psutil.Process(runner.pid).children(recursive=True)
-    runner.kill()
-    runner.wait()
+    try:
+        wait_for_step(parts, 3 * EVERY)
+        children = psutil.Process(runner.pid).children(recursive=True)
+    finally:
+        runner.kill()
+        runner.wait()
     assert children and not psutil.wait_procs(children, timeout=10)[1]
     assert not (parts / "results/tiny/runs").exists()
 
