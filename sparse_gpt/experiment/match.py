@@ -45,8 +45,9 @@ def match_flops(
 ) -> Match:
     """Steps (`by: tokens`) or widths (`by: width`) at which a run costs nearest to `target`.
 
-    `configured(settings)` is the run with some settings changed, `cost` its whole FLOPs. Widths
-    are multiples of the heads, the feed-forward width keeps its ratio.
+    `configured(settings)` is the run with some settings changed, `cost` its whole FLOPs. d_model
+    is a multiple of the heads, found with d_ff in its ratio to it; d_ff then makes up what that
+    step leaves over.
     """
     base = configured({})
     dims, batch_tokens = base.base_dims, base.batch(ranks) * base.seq_len
@@ -54,8 +55,7 @@ def match_flops(
 
     def settings(number: int) -> dict[str, Any]:
         if by == "width":
-            width = number * heads
-            return {"model.d_model": width, "model.d_ff": round(ratio * width)}
+            return {"model.d_model": number * heads, "model.d_ff": round(ratio * number * heads)}
         if base.max_steps is not None:
             return {"max_steps": number}
         return {"max_tokens": number * batch_tokens}
@@ -64,5 +64,12 @@ def match_flops(
         return cost(configured(settings(number)))
 
     start = dims["d_model"] // heads if by == "width" else base.total_steps(ranks)
-    found = nearest(flops, target, 1, upper_bound(flops, target, start))
-    return Match(arm, by, settings(found), target, flops(found))
+    found = settings(nearest(flops, target, 1, upper_bound(flops, target, start)))
+    if by == "width":
+
+        def inner_flops(width: int) -> int:
+            return cost(configured({**found, "model.d_ff": width}))
+
+        last = upper_bound(inner_flops, target, found["model.d_ff"])
+        found["model.d_ff"] = nearest(inner_flops, target, 1, last)
+    return Match(arm, by, found, target, cost(configured(found)))

@@ -55,7 +55,7 @@ class Arm(Section):
 
     `like` another arm: with its settings, too. With `match_flops` the arm is the baseline instead,
     given the whole-model FLOPs of that arm's run: by `tokens`, more (or fewer) steps; by `width`,
-    another d_model, the nearest multiple of the heads, at as many steps.
+    another d_model, a multiple of the heads, and d_ff for the rest, at as many steps.
     `group`: arms shown together; comparisons are made within `main`.
     """
 

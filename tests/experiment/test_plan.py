@@ -77,9 +77,12 @@ def test_more_width_for_the_flops_of_another_arm(tmp_path):
     costs = {d: STEPS * dense(d_model=d, d_ff=4 * d) for d in range(2, 65, 2)}
     best = min(costs, key=lambda d: abs(costs[d] - target))
     assert best > 16
-    assert (wider.config.model.d_model, wider.config.model.d_ff) == (best, 4 * best)
-    assert wider.plan.flops_total == costs[best] and wider.plan.steps == STEPS
-    assert slow.plan.flops_total == costs[best] and slow.config.optimizer.lr == 0.001
+    inner = {f: STEPS * dense(d_model=best, d_ff=f) for f in range(1, 300)}
+    rest = min(inner, key=lambda f: abs(inner[f] - target))
+    assert rest != 4 * best  # what a step of d_model leaves over
+    assert (wider.config.model.d_model, wider.config.model.d_ff) == (best, rest)
+    assert wider.plan.flops_total == inner[rest] and wider.plan.steps == STEPS
+    assert slow.plan.flops_total == inner[rest] and slow.config.optimizer.lr == 0.001
 
 
 def test_tokens_are_matched_where_the_base_gives_tokens(tmp_path):
