@@ -30,6 +30,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 # stay in the first cache; of others, in the second, and fewer of sums over more tokens.
 _NARROW_BAND, _WIDE_BAND = 128, 1024
 _PANEL_BAND, _DOT_BAND = 512, 256
+_PRODUCT_BAND = 2560  # of blocks that are multiplied by panels: fewer tokens, more features
 # Of single weights all that is gone through at once stays in the first cache; at most 256.
 _SINGLE_BAND, _SINGLE_DOT_BAND = 128, 80
 
@@ -177,7 +178,7 @@ def _run(
     even = block[0] % 2 == block[1] % 2 == 0
     pairs = x.dtype == torch.bfloat16 and even and _multiplies_pairs()
     kept: list[Tensor] = []  # that only the call has pointers to
-    made = (_Operand * len(parts))(*(_operand(part, name, kept) for part in parts))
+    made = (_Operand * len(parts))(*(_operand(part, name, pairs, kept) for part in parts))
     call = _Call(
         made, _pointer(x), _pointer(dx), *x.shape, x.stride(0), *block, len(parts),
         x.dtype == torch.bfloat16, pairs, _ACTIVATIONS[activation], torch.get_num_threads(),
@@ -192,7 +193,7 @@ def _multiplies_pairs() -> bool:
     return native is not None and bool(native.has_bf16())
 
 
-def _operand(part: _Part, name: str, kept: list[Tensor]) -> _Operand:
+def _operand(part: _Part, name: str, pairs: bool, kept: list[Tensor]) -> _Operand:
     layout, values = part.layout, part.values.contiguous()
     if values.data_ptr() % 4:  # pairs of bf16 are read as one
         values = values.clone()
@@ -200,6 +201,13 @@ def _operand(part: _Part, name: str, kept: list[Tensor]) -> _Operand:
     pointers = (values, part.bias, part.y, part.inputs, part.dy, part.dvalues, part.dbias)
     made = _Operand(*map(_pointer, pointers), layout.shape[0], layout.count)
     rows, inputs = layout.block
+    panels = rows % 16 == inputs % 16 == 0  # by_panel of pack.h
+
+    def band(outputs: int) -> int:
+        if panels and not pairs:
+            return _PRODUCT_BAND
+        return _WIDE_BAND if outputs % 4 == 0 else _NARROW_BAND
+
     if layout.block == (1, 1):
         if name == "forward":
             made.forward = _order(layout, False, _SINGLE_BAND)
@@ -207,10 +215,9 @@ def _operand(part: _Part, name: str, kept: list[Tensor]) -> _Operand:
             made.backward = _order(layout, True, _SINGLE_BAND)
             made.gradient = _order(layout, False, _SINGLE_DOT_BAND)
     elif name == "forward":
-        made.forward = _order(layout, False, _WIDE_BAND if rows % 4 == 0 else _NARROW_BAND)
+        made.forward = _order(layout, False, band(rows))
     else:
-        made.backward = _order(layout, True, _WIDE_BAND if inputs % 4 == 0 else _NARROW_BAND)
-        panels = rows % 16 == inputs % 16 == 0  # by_panel of sums.h
+        made.backward = _order(layout, True, band(inputs))
         made.gradient = _order(layout, False, _PANEL_BAND if panels else _DOT_BAND)
     return made
 

@@ -111,7 +111,8 @@ def test_bands_of_columns_and_parts_of_tokens_are_right(dtype, lanes):
     """Wider than a band of each pass, more tokens than one sum runs through, ranges of rows."""
     generator = torch.Generator().manual_seed(2)
     grids = {(4, 4): (300, 400), (16, 16): (70, 80), (1, 1): (40, 1300)}
-    for block, grid in (*grids.items(), ((1, 1), (2600, 70))):
+    more = (((1, 1), (2600, 70)), ((16, 16), (164, 9)), ((16, 16), (9, 164)))
+    for block, grid in (*grids.items(), *more):
         layout = random_layout(grid, block, 0.05, generator)
         x, weights = problem([layout], 1100, dtype)
         check(x, weights, [layout], None)
@@ -122,12 +123,13 @@ def test_weights_of_one_input_share_a_call(dtype):
     generator = torch.Generator().manual_seed(3)
     layouts = [random_layout((rows, 8), (8, 4), 0.4, generator) for rows in (4, 2, 9)]
     layouts.append(random_layout((8, 4), (4, 8), 0.4, generator))
-    for some in (layouts[:3], layouts):  # of one block, and not
+    wide = [random_layout((rows, 5), (16, 32), 0.4, generator) for rows in (6, 3, 7)]
+    for some in (layouts[:3], layouts, wide):  # of one block, not, of panels
         x, weights = problem(some, 70, dtype)
         check(x, weights, some, "gelu")
 
 
-@pytest.mark.parametrize("block", [(4, 4), (1, 1)])
+@pytest.mark.parametrize("block", [(4, 4), (16, 16), (1, 1)])
 def test_results_do_not_depend_on_threads_or_the_run(block):
     generator = torch.Generator().manual_seed(4)
     layouts = [random_layout((160 // block[0], 96 // block[1]), block, 0.3, generator)] * 2

@@ -2,8 +2,9 @@
 //
 // Tokens are the vector: inputs are packed into tiles of 64 tokens whose features lie one after
 // another (pack.h), so that a weight is a scalar that meets a vector whatever the blocks are
-// (multiply.h). Every number is summed in one thread and in one order: results do not depend on
-// the number of threads (team.h, plan.h). Sums are fp32; bf16 is rounded once, on its way out.
+// (multiply.h). Of blocks of multiples of 16 outputs are the vector (panels.h). Every number is
+// summed in one thread and in one order: results do not depend on the number of threads (team.h,
+// plan.h). Sums are fp32; bf16 is rounded once, on its way out.
 
 #include "plan.h"
 
@@ -50,6 +51,17 @@ int add_packing(Plan* plan, const Matrix& from, int64_t features, Packing::Kind 
     return static_cast<int>(plan->packings.size()) - 1;
 }
 
+// How inputs of products and those of sums over tokens are packed.
+Packing::Kind by_feature(const Call& call) {
+    if (call.pairs) return Packing::kFeaturePairs;
+    return by_panel(call.b_out, call.b_in) ? Packing::kPanels : Packing::kFloats;
+}
+
+Packing::Kind by_token(const Call& call) {
+    if (by_panel(call.b_out, call.b_in)) return call.pairs ? Packing::kPairPanels : Packing::kPanels;
+    return call.pairs ? Packing::kTokenPairs : Packing::kFloats;
+}
+
 Term term(Plan* plan, const Call& call, const Operand& o, bool turned, int packing) {
     const Order& order = turned ? o.backward : o.forward;
     const int64_t rows = turned ? call.in / call.b_in : o.out / call.b_out;
@@ -84,8 +96,7 @@ int32_t has_bf16() {
 int32_t forward(const Call* call) {
     Plan plan = plan_of(*call);
     const Matrix x{call->x, call->x_stride, plan.half};
-    const auto by_feature = plan.pairs ? Packing::kFeaturePairs : Packing::kFloats;
-    const int packing = add_packing(&plan, x, call->in, by_feature);
+    const int packing = add_packing(&plan, x, call->in, by_feature(*call));
     for (int i = 0; i < call->count; ++i) {
         const Operand& o = call->operands[i];
         Product p;
@@ -101,9 +112,7 @@ int32_t forward(const Call* call) {
 // Write dx, and every operand's dvalues and dbias, each where it is asked for.
 int32_t backward(const Call* call) {
     Plan plan = plan_of(*call);
-    const auto by_feature = plan.pairs ? Packing::kFeaturePairs : Packing::kFloats;
-    const auto by_token = plan.pairs ? Packing::kTokenPairs : Packing::kFloats;
-    const auto panels = plan.pairs ? Packing::kPairPanels : Packing::kPanels;
+    const auto kind = by_token(*call);
     const Matrix x{call->x, call->x_stride, plan.half};
     Product dx;
     dx.output = {call->dx, nullptr, nullptr, call->in, plan.half, kNone};
@@ -115,15 +124,13 @@ int32_t backward(const Call* call) {
         const Matrix dy{o.dy, o.out, plan.half, o.inputs, call->activation};
         int packed = -1;
         if (call->dx) {
-            packed = add_packing(&plan, dy, o.out, by_feature);
+            packed = add_packing(&plan, dy, o.out, by_feature(*call));
             dx.terms.push_back(term(&plan, *call, o, true, packed));
         }
         if (!o.dvalues && !o.dbias) continue;
-        if (packed < 0 || by_token != by_feature)
-            packed = add_packing(&plan, dy, o.out, by_token);
-        if (o.dvalues && packed_x < 0)
-            packed_x = add_packing(&plan, x, call->in,
-                                   by_panel(call->b_out, call->b_in) ? panels : by_token);
+        if (packed < 0 || kind != by_feature(*call))
+            packed = add_packing(&plan, dy, o.out, kind);
+        if (o.dvalues && packed_x < 0) packed_x = add_packing(&plan, x, call->in, kind);
         plan.sums.push_back({packed, packed_x, o.gradient, o.out / call->b_out, call->b_out,
                              call->b_in, o.blocks, o.dvalues, o.dbias});
     }

@@ -10,6 +10,13 @@
 #include "gelu.h"
 #include "lanes.h"
 
+constexpr int kPanel = 16;  // features of a panel
+
+// Whether blocks are multiplied by panels of outputs and of inputs.
+static inline bool by_panel(int32_t outputs, int32_t inputs) {
+    return outputs % kPanel == 0 && inputs % kPanel == 0;
+}
+
 // A row-major matrix of floats or bf16, and perhaps the pre-activations of the same shape whose
 // slope it is to be multiplied by.
 struct Matrix {
@@ -168,26 +175,31 @@ struct Output {
     int32_t activation;
 };
 
+// Up to 16 features of a token, from `first` on. `row` is changed.
+static inline void put_row(float* row, int64_t token, int64_t first, int count, const Output& out) {
+    const int64_t at = token * out.stride + first;
+    if (out.bias) {
+        alignas(64) float bias[16];
+        read(out.bias, first, out.half, count, bias);
+        for (int j = 0; j < 16; ++j) row[j] += bias[j];
+    }
+    if (out.inputs) write(out.inputs, at, out.half, count, row);
+    if (out.activation != kNone)
+        for (int j = 0; j < 16; j += kLanes)
+            store(row + j, activate(load(row + j), out.activation));
+    write(out.y, at, out.half, count, row);
+}
+
 // sums [rows][64] -> features first .. first + rows of the tokens from `start` on.
 // 16 rows behind the last are read, and not used.
 static void unpack(const float* sums, int64_t first, int64_t rows, int64_t start, int64_t tokens,
                    const Output& out) {
-    alignas(64) float turned[256], bias[16];
+    alignas(64) float turned[256];
     for (int u = 0; u < kTile && start + u < tokens; u += 16)
         for (int64_t r = 0; r < rows; r += 16) {
             const int count = static_cast<int>(std::min<int64_t>(16, rows - r));
             transpose(sums + r * kTile + u, kTile, turned, 16);
-            if (out.bias) read(out.bias, first + r, out.half, count, bias);
-            for (int i = 0; i < 16 && start + u + i < tokens; ++i) {
-                float* row = turned + 16 * i;
-                const int64_t at = (start + u + i) * out.stride + first + r;
-                if (out.bias)
-                    for (int j = 0; j < 16; ++j) row[j] += bias[j];
-                if (out.inputs) write(out.inputs, at, out.half, count, row);
-                if (out.activation != kNone)
-                    for (int j = 0; j < 16; j += kLanes)
-                        store(row + j, activate(load(row + j), out.activation));
-                write(out.y, at, out.half, count, row);
-            }
+            for (int i = 0; i < 16 && start + u + i < tokens; ++i)
+                put_row(turned + 16 * i, start + u + i, first + r, count, out);
         }
 }

@@ -7,6 +7,7 @@
 #include "work.h"
 
 constexpr int64_t kRangeSums = 2048;     // of 64 tokens, that a thread holds: 512 kB
+constexpr int64_t kPanelSums = 768;      // the same where they are read once: 192 kB
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
 constexpr int64_t kSingleRows = 512;     // whose gradients stay in L2 for a sum over tokens
 constexpr int64_t kSumTiles = 8;         // that one sum over tokens runs through
@@ -95,12 +96,14 @@ private:
         for (const Product& p : products)
             for (const Term& term : p.terms)
                 inputs = std::max(inputs, packings[term.packing].step());
+        if (panels()) inputs = std::min(inputs, kTile * bands_features());
         const int64_t near = std::max<int64_t>(1, kNearFloats / std::max<int64_t>(1, inputs));
-        const int64_t at_once = single() ? std::min(kTilesAtOnce, near) : kTilesAtOnce;
+        const int64_t at_once = single() || panels() ? std::min(kTilesAtOnce, near) : kTilesAtOnce;
         panel_ = std::clamp<int64_t>(tiles_ / (2 * threads), 1, at_once);
         const int64_t panels = ceil_div(std::max<int64_t>(1, tiles_), panel_);
         const int64_t wanted = std::max<int64_t>(1, ceil_div(outputs * panels, 4 * threads));
-        const int64_t most = std::min(kRangeSums / panel_, round_up(wanted, 16));
+        const int64_t sums = panels_once() ? kPanelSums : kRangeSums;
+        const int64_t most = std::min(sums / panel_, round_up(wanted, 16));
         for (const Product& p : products) {
             const int64_t ranges = ceil_div(p.rows * p.b, std::max<int64_t>(most, 1));
             const int64_t even = std::min(most / p.b, ceil_div(p.rows, ranges));
@@ -117,6 +120,19 @@ private:
     }
 
     bool single() const { return !values.empty() && values[0].single(); }
+    bool panels() const { return !values.empty() && values[0].panels(); }
+
+    // Whether what panels are multiplied into is of one band of one weight.
+    bool panels_once() const {
+        return panels() && values[0].order.bands == 1 && products[0].terms.size() == 1;
+    }
+
+    // Features of the widest band.
+    int64_t bands_features() const {
+        int64_t widest = 0;
+        for (const Values& v : values) widest = std::max(widest, v.order.width * v.units());
+        return widest;
+    }
 
     static void split(int64_t count, int64_t step, int64_t of, std::vector<Range>* ranges) {
         for (int64_t first = 0; first < count; first += step)
@@ -175,6 +191,7 @@ private:
         const Product& p = products[r.of];
         const int64_t outputs = (r.last - r.first) * p.b;
         const int64_t start = (part + first) * kTile, end = std::min(tokens, start + tiles * kTile);
+        if (panels()) return multiply_panels(p, start, end, first, r, base_ + held_[thread]);
         const Tiles<float> sums{base_ + held_[thread], (outputs + 16) * kTile};
         std::fill(sums.data, sums.data + tiles * sums.step, 0.0f);
         for (const Term& term : p.terms) {
@@ -192,6 +209,28 @@ private:
         for (int64_t tile = 0; tile < tiles; ++tile)
             unpack(sums.data + tile * sums.step, r.first * p.b, outputs, start + tile * kTile,
                    tokens, p.output);
+    }
+
+    // The same of blocks that are multiplied by panels.
+    void multiply_panels(const Product& p, int64_t start, int64_t end, int64_t first, const Range& r,
+                         float* sums) {
+        const int64_t room = round_up(end - start, kPanelTokens);
+        const int64_t outputs = (r.last - r.first) * p.b;
+        std::fill(sums, sums + outputs * room, 0.0f);
+        for (const Term& term : p.terms) {
+            const Values& v = values[term.values];
+            const Packing& x = packings[term.packing];
+            const Tiles<const float> in{base_ + x.at + first * x.step(), x.step()};
+            const Weights w{v.order, base_ + v.at, p.rows,
+                            p.b,     static_cast<int32_t>(v.units()), in};
+            for (int32_t band = 0; band < v.order.bands; ++band)
+                for (int64_t row = r.first; row < r.last; ++row) {
+                    const int32_t* starts = v.order.starts + band * p.rows + row;
+                    add_panels(w, starts[0], starts[1], end - start, room,
+                               sums + (row - r.first) * p.b * room);
+                }
+        }
+        put_panels(sums, r.first * p.b, outputs, start, end, room, p.output);
     }
 
     template <typename Lane>
@@ -213,8 +252,8 @@ private:
                     add_gradient<Lane>(g, r.first, r.last);
             }
             if (s.bias)
-                sum_tokens<Lane>(left, tiles, r.first * s.b_out, r.last * s.b_out, add,
-                                 s.bias_sums);
+                (s.panels() ? sum_panels<Lane> : sum_tokens<Lane>)(
+                    left, tiles, r.first * s.b_out, r.last * s.b_out, add, s.bias_sums);
         }
     }
 

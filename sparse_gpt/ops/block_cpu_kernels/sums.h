@@ -1,28 +1,23 @@
 // Sums over tokens: the gradients of a weight's blocks, and of a bias.
 //
 // Blocks of multiples of 16 are sums of outer products, 16 outputs x 16 inputs at once: inputs lie
-// in panels, [features / 16][tokens][16], and a gradient of an output is a scalar that meets them.
+// in panels, [features / 16][tokens][16], and gradients of outputs, too, are scalars that meet them.
 // Others are dot products along the tokens of tiles, sixteen at once.
 #pragma once
 
+#include "pack.h"
 #include "singles.h"
-
-constexpr int kPanel = 16;  // features of a panel
 
 struct Gradient {
     Order order;
     int64_t rows;             // block rows
     int32_t outputs, inputs;  // of a block
-    Tiles<const float> dy;    // packed, [rows * outputs][width]
-    Tiles<const float> x;     // packed: in panels if `by_panel`, or [features][width]
+    Tiles<const float> dy;    // packed: in panels if `by_panel`, or [rows * outputs][width]
+    Tiles<const float> x;     // the same of inputs
     int64_t tiles;
     float* values;  // [blocks][outputs][inputs], by slot
     bool add;       // to what is there
 };
-
-static inline bool by_panel(int32_t outputs, int32_t inputs) {
-    return outputs % 16 == 0 && inputs % kPanel == 0;
-}
 
 // Where a sum goes, a slot, is fetched before it is made: slots are anywhere in memory.
 
@@ -43,17 +38,19 @@ static inline void outer_products(const Gradient& g, const float* dy, const floa
     for (int64_t tile = 0; tile < g.tiles; ++tile) {
         const float* left = dy + tile * g.dy.step;
         const float* right = x + tile * g.x.step;
-        for (int t = 0; t < width; ++t) {
-            Vec in[parts];
+        for (int t = 0; t < width; t += 16)
             UNROLL
-            for (int p = 0; p < parts; ++p) in[p] = load(right + t * kPanel + p * kLanes);
-            UNROLL
-            for (int r = 0; r < R; ++r) {
-                const Vec each = splat(left[r * width + t]);
+            for (int u = 0; u < 16; ++u, left += kPanel, right += kPanel) {
+                Vec in[parts];
                 UNROLL
-                for (int p = 0; p < parts; ++p) acc[r][p] = Lane::dot(acc[r][p], in[p], each);
+                for (int p = 0; p < parts; ++p) in[p] = load(right + p * kLanes);
+                UNROLL
+                for (int r = 0; r < R; ++r) {
+                    const Vec each = splat(left[r]);
+                    UNROLL
+                    for (int p = 0; p < parts; ++p) acc[r][p] = Lane::dot(acc[r][p], in[p], each);
+                }
             }
-        }
     }
     for (int r = 0; r < R; ++r)
         for (int p = 0; p < parts; ++p) {
@@ -79,9 +76,12 @@ static void outer_rows(const Gradient& g, int64_t first, int64_t last) {
                     for (int64_t i = 0; i < size; i += 16)
                         __builtin_prefetch(g.values + g.order.slots[b + 1] * size + i, 1, 2);
                 for (int input = 0; input < g.inputs; input += kPanel)
-                    for (int output = 0; output < g.outputs; output += R)
-                        outer_products<Lane, R>(g, dy + output * width, x + input * width,
+                    for (int output = 0; output < g.outputs; output += R) {
+                        const int panel = output / kPanel * kPanel;
+                        outer_products<Lane, R>(g, dy + panel * width + (output - panel),
+                                                x + input * width,
                                                 to + static_cast<int64_t>(output) * g.inputs + input);
+                    }
             }
         }
 }
@@ -206,4 +206,25 @@ static void sum_tokens(const Tiles<const float>& dy, int64_t tiles, int64_t firs
         for (int l = 0; l < kLanes; ++l) sum += acc[l];
         sums[row] = sum;
     }
+}
+
+// The same of 16 rows that are a panel.
+template <typename Lane>
+static void sum_panels(const Tiles<const float>& dy, int64_t tiles, int64_t first, int64_t last, bool add,
+                       float* sums) {
+    constexpr int width = kTile / Lane::kPerUnit, ways = 4;
+    const Vec one = splat(Lane::ones());
+    for (int64_t row = first; row < last; row += kPanel)
+        for (int p = 0; p < kPanel; p += kLanes) {
+            Vec acc[ways] = {};
+            for (int64_t tile = 0; tile < tiles; ++tile)
+                for (int t = 0; t < width; t += ways)
+                    UNROLL
+                    for (int w = 0; w < ways; ++w)
+                        acc[w] = Lane::dot(
+                            acc[w], load(dy.data + tile * dy.step + row * width + (t + w) * kPanel + p),
+                            one);
+            const Vec sum = (acc[0] + acc[1]) + (acc[2] + acc[3]);
+            store(sums + row + p, add ? load(sums + row + p) + sum : sum);
+        }
 }

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "pack.h"
+#include "panels.h"
 #include "scratch.h"
 #include "sums.h"
 
@@ -21,6 +21,7 @@ struct Values {
     int64_t at = 0;  // in the scratch memory
 
     bool single() const { return b_out == 1 && b_in == 1; }
+    bool panels() const { return !pairs && by_panel(b_out, b_in); }
     int64_t units() const { return (turned ? b_out : b_in) / (pairs ? 2 : 1); }
     int64_t outputs() const { return turned ? b_in : b_out; }
     int64_t floats() const {
@@ -36,6 +37,7 @@ struct Values {
         for (int64_t i = 0; i < std::min<int64_t>(size * bytes, 1024); i += 64)
             __builtin_prefetch(static_cast<const char*>(data) + next * size * bytes + i);
         float* to = base + at + block * outputs() * units();
+        if (panels()) return write_panels(from, to);
         // Between neighbours of a sum, and between outputs.
         const int64_t step = turned ? b_in : 1, across = turned ? 1 : b_in;
         const int once = outputs_at_once(static_cast<int>(outputs()));
@@ -51,6 +53,18 @@ struct Values {
                     else
                         *to++ = pair_of(halves[o * across + 2 * unit * step],
                                         halves[o * across + (2 * unit + 1) * step]);
+    }
+
+    // As [outputs / 16][units][16], of the numbers from `from` on.
+    void write_panels(int64_t from, float* to) const {
+        alignas(64) float rows[256];
+        for (int64_t output = 0; output < outputs(); output += kPanel)
+            for (int64_t unit = 0; unit < units(); unit += kPanel, to += 256) {
+                const int64_t corner = from + (turned ? unit * b_in + output : output * b_in + unit);
+                for (int i = 0; i < 16; ++i)
+                    read(data, corner + i * b_in, half, 16, (turned ? to : rows) + 16 * i);
+                if (!turned) transpose(rows, 16, to, 16);
+            }
     }
 };
 
@@ -98,6 +112,7 @@ struct Sum {
     float* bias_sums = nullptr;
 
     bool single() const { return b_out == 1 && b_in == 1; }
+    bool panels() const { return by_panel(b_out, b_in); }
     Singles singles() const { return {order, rows, blocks, value_sums}; }
 };
 
