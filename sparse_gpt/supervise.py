@@ -20,6 +20,7 @@ from sparse_gpt.train.signals import SIGNALS
 
 POLL_SECONDS = 0.2
 SECOND_SIGNAL_SECONDS = 5.0  # for the ranks to end after a second signal
+OTHERS_GRACE = 5.0  # for processes that are no ranks
 MAX_BACKOFF = 300.0
 PR_SET_PDEATHSIG = 1
 
@@ -111,11 +112,11 @@ class Supervisor:
 
     def _wait_for_the_rest(self, session: int, grace: float) -> bool:
         """Until nothing of the session is alive; what is left then is killed. Whether any was."""
-        deadline = time.monotonic() + grace
-        was_left = False
+        began, was_left = time.monotonic(), False
         while processes := _session(session):
-            was_left |= any(process in processes for process in _ranks(session))
-            if time.monotonic() > deadline:
+            ranks = bool(_ranks(session))
+            was_left |= ranks
+            if time.monotonic() - began > (grace if ranks else min(grace, OTHERS_GRACE)):
                 was_left = True
                 _send(processes, signal.SIGKILL)
             time.sleep(POLL_SECONDS)

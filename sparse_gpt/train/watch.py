@@ -25,6 +25,8 @@ from sparse_gpt.errors import Stopped, UserError
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for the main thread to end by itself, once there is a verdict
+EXPLAIN_SECONDS = 6.0  # after a failed exchange, to find its reason; then as long again
+QUIET_SECONDS = 4.0  # without a sign of life, after such an exchange
 TELL_SECONDS = 3.0  # for a finding to reach the store
 OWN_DELAY = 5.0  # a thread that slept longer than that was itself not let run
 EXIT_LOST = 1
@@ -100,7 +102,18 @@ class Watch:
             self._finding = f"{self._name(self.rank)} failed in step {self.step}: {what}"
             self._found.wait(TELL_SECONDS)
             return
-        if self._found.wait(self.timeouts.silence + GRACE_SECONDS):
+        if not self._found.wait(EXPLAIN_SECONDS):
+            silent = [
+                r for r, at in enumerate(self._heard) if time.monotonic() - at > QUIET_SECONDS
+            ]
+            if self.rank == 0 and silent:
+                names = ", ".join(self._name(rank) for rank in silent)
+                self._finding = (
+                    f"an exchange failed, and there is no sign of life of {names}; "
+                    f"{self._last_step(silent[0])}"
+                )
+            self._found.wait(EXPLAIN_SECONDS)
+        if self._found.is_set():
             self._done.set()
             raise LostRank(self._verdict) from error
         error.add_note("no rank was found to have ended or to hang")

@@ -29,6 +29,8 @@ def work(faulty, fault, timeouts):
     from sparse_gpt.train import watch
 
     watch.BEAT_SECONDS, watch.GRACE_SECONDS = 0.2, 0.5
+    if fault == "on another node":
+        watch._peers, fault = (lambda nodes, rank: {}), signal.SIGKILL
     with watch.Watch(TimeoutsConfig(**timeouts)) as watching:
         for step in range(1, STEP + 2):
             watching.step = step
@@ -70,6 +72,11 @@ def test_a_killed_rank_is_named(monkeypatch, faulty):
     said = lost(monkeypatch, 2, faulty, signal.SIGKILL)
     assert f"LostRank: rank {faulty} on {HOST} has ended" in said
     assert "the last step was " in said
+
+
+def test_a_rank_killed_on_another_node_is_named(monkeypatch):
+    said = lost(monkeypatch, 2, 1, "on another node")
+    assert "LostRank: an exchange failed, and there is no sign of life of rank 1 on" in said
 
 
 def test_a_rank_that_fails_is_named_with_its_error(monkeypatch):
