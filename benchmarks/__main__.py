@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = ("topology_update", "n_m", "train_step", "sparse_linear")
+BENCHMARKS = ("sparse_linear", "train_step", "n_m", "topology_update")
 
 
 def main() -> int:

@@ -138,6 +138,7 @@ def test_ranks_that_outlive_their_launcher_may_save_and_are_no_success(tmp_path)
     assert process.returncode == 1
 
 
+@pytest.mark.slow  # waits for what must not come
 def test_nothing_outlives_it(tmp_path):
     command = "import subprocess; subprocess.Popen(['sleep', '300'])"
     with supervised(command, options=["--grace", "0.5"]) as process:

@@ -131,6 +131,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after(corpus, tmp_
     assert starts[4] == starts[6] and len({*starts[:5], *starts[7:]}) == 8
 
 
+@pytest.mark.slow
 def test_rollbacks_are_limited_and_need_a_checkpoint(corpus, tmp_path):
     changes = {
         "max_steps": 8,

@@ -246,10 +246,10 @@ def undisturbed(corpus, tmp_path_factory):
 @pytest.mark.parametrize(
     ("place", "stops"),
     [
-        ("_dry_run", []),  # nothing is trained, nothing to save
+        pytest.param("_dry_run", [], marks=pytest.mark.slow),  # nothing is trained
         ("_step", [1]),
         ("_update", [4]),  # it follows the exchange of step 3
-        ("evaluate", [4]),  # of step 3, which ends
+        pytest.param("evaluate", [4], marks=pytest.mark.slow),  # of step 3, which ends
         ("_write", [5, 6]),  # the save of step 5 is finished
     ],
 )
