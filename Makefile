@@ -35,7 +35,8 @@ test-all: venv
 	@$(IN_VENV) $(PYTEST) $(PYTEST_ARGS)
 
 test-faults: venv
-	@$(IN_VENV) $(PYTEST) tests/crash $(PYTEST_ARGS)
+	@$(IN_VENV) $(PYTEST) tests/crash tests/train/test_signals.py tests/train/test_watch.py \
+		tests/train/test_nonfinite.py tests/test_supervise.py $(PYTEST_ARGS)
 
 check: venv
 	@$(IN_VENV) ruff check . && ruff format --check . && pyright

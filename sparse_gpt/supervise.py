@@ -15,7 +15,7 @@ from types import FrameType
 
 import psutil
 
-from sparse_gpt.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from sparse_gpt.train.signals import SIGNALS
 
 POLL_SECONDS = 0.2
@@ -80,7 +80,12 @@ class Supervisor:
         print(f"supervise: {text}", file=sys.stderr, flush=True)
 
     def _run_once(self) -> int:
-        child = subprocess.Popen(self.command, start_new_session=True, preexec_fn=_die_with_parent)
+        try:
+            child = subprocess.Popen(
+                self.command, start_new_session=True, preexec_fn=_die_with_parent
+            )
+        except OSError as error:
+            raise UserError(f"cannot start {self.command[0]}: {error.strerror}") from None
         session, told, handled, early = child.pid, set(), 0, False
         while child.poll() is None:
             if len(self.received) > handled:

@@ -138,6 +138,14 @@ def test_ranks_that_outlive_their_launcher_may_save_and_are_no_success(tmp_path)
     assert process.returncode == 1
 
 
+def test_a_command_that_is_not_there_is_said():
+    command = [sys.executable, "launch/supervise.py", "--", "no-such-command"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "cannot start no-such-command: No such file" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 @pytest.mark.slow  # waits for what must not come
 def test_nothing_outlives_it(tmp_path):
     command = "import subprocess; subprocess.Popen(['sleep', '300'])"

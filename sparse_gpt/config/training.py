@@ -143,6 +143,15 @@ class CheckpointConfig(Section):
                 ) from None
         return value
 
+    @model_validator(mode="after")
+    def _check_margin(self) -> "CheckpointConfig":
+        if isinstance(self.deadline, float) and self.deadline <= self.deadline_margin:
+            raise ValueError(
+                f"deadline: {self.deadline:g} minutes are all kept for the last save; lower "
+                f"deadline_margin ({self.deadline_margin:g} minutes), or give more"
+            )
+        return self
+
 
 class TimeoutsConfig(Section):
     """Seconds after which ranks that wait for another one end, and name it.

@@ -1,5 +1,6 @@
 """`launch/experiment.py` as a function."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,7 +62,7 @@ def run_experiment(
             keep=lock.descriptors,
             launcher=experiment.launcher,
         )
-        describe(experiment, planner, results, Path(path))
+        describe(experiment, planner, results, [str(path), *overrides])
         try:
             return 0 if runner.go() else 1
         finally:
@@ -80,14 +81,16 @@ def remake_page(path: Path | str, overrides: Sequence[str] = (), results: Path =
     print(f"page: {write(results / experiment.name)}", flush=True)
 
 
-def describe(experiment: Experiment, planner: Planner, results: Path, path: Path) -> None:
+def describe(
+    experiment: Experiment, planner: Planner, results: Path, arguments: Sequence[str]
+) -> None:
     """What the page says besides the records: the question, and which runs there will be."""
     about = {
         "title": experiment.title or experiment.name,
         "question": experiment.question,
         "baseline": experiment.baseline,
         "compare": experiment.compare,
-        "command": f"python launch/experiment.py {path}",
+        "command": shlex.join(["python", "launch/experiment.py", *arguments]),
     }
     keys = ("arm", "label", "seed", "stage", "group")
     plan = [

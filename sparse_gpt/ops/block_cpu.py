@@ -114,6 +114,7 @@ class _SparseLinears(torch.autograd.Function):
             assert values is not None
             y = x.new_empty(*x.shape[:-1], operand.layout.shape[0])
             inputs = torch.empty_like(y) if keep and activation is not None else None
+            bias = None if bias is None else bias.contiguous()
             parts.append(_Part(operand.layout, values, bias, y, inputs))
         _run("forward", _rows(x), parts, activation)
         if keep:
@@ -134,7 +135,7 @@ class _SparseLinears(torch.autograd.Function):
             part = _Part(operand.layout, saved[i], inputs=saved[count + i])
             part.dy = grads[i].contiguous()
             if needs[2 * i]:
-                part.dvalues = torch.empty_like(part.values)
+                part.dvalues = torch.empty_like(part.values, memory_format=torch.contiguous_format)
             if needs[2 * i + 1]:
                 part.dbias = x.new_empty(operand.layout.shape[0])
             if operand.growth is not None and needs[2 * i]:

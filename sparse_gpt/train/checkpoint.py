@@ -185,8 +185,10 @@ class Checkpointer:
         # A tag names one checkpoint, the one saved last; steps stay for keep_last of them.
         stale = others[: -self.keep_last] if tag == "step" else others
         for folder in stale:
-            if folder != final:
-                shutil.rmtree(folder)
+            if folder != final:  # never half a checkpoint under a checkpoint's name
+                old = folder.with_name(folder.name + ".old.tmp")
+                folder.rename(old)
+                shutil.rmtree(old)
 
     def newest(self, tag: str = "step") -> Path | None:
         """The newest published checkpoint (of a tag), as rank 0 sees it. A collective."""

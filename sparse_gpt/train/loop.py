@@ -258,7 +258,7 @@ class Trainer:
                 if state.finished or any(stops):
                     break
                 every = config.checkpoint.every
-                if every and step % every == 0:
+                if every and step % every == 0 and not nonfinite:  # what a rollback goes back to
                     with self.throughput.paused():
                         self.save()
                     saved = step

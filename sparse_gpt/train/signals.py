@@ -5,6 +5,7 @@ stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.
 Imports neither torch nor deepspeed: an entry point listens before they load.
 """
 
+import contextlib
 import os
 import signal
 import sys
@@ -52,9 +53,12 @@ class _Process:
         for number in SIGNALS:
             signal.signal(number, _noted_by_the_thread)
         threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
-        parent = psutil.Process(os.getppid())
-        if "deepspeed.launcher.launch" in parent.cmdline():
-            self.launcher, self.runner = parent, parent.ppid()
+        try:
+            parent = psutil.Process(os.getppid())
+            if "deepspeed.launcher.launch" in parent.cmdline():
+                self.launcher, self.runner = parent, parent.ppid()
+        except psutil.Error:  # no process of ours to see: in a container, behind hidepid
+            return
 
     def _read(self, descriptor: int) -> None:
         while True:
@@ -65,13 +69,14 @@ class _Process:
     def _on_signal(self, number: signal.Signals) -> None:
         if self.ended:
             os._exit(EXIT_STOPPED)
-        now = time.monotonic()
-        if not self.received:
+        now, first = time.monotonic(), not self.received
+        self.received.add(number)
+        if first:
             self.first = now
             if os.environ.get("RANK", "0") == "0":
                 _say(
-                    f"{number.name}: the run stops after this step, with a checkpoint; a second "
-                    "signal ends it at once"
+                    f"{number.name}: the run stops after this step and saves what it trained; a "
+                    "second signal ends it at once"
                 )
         elif now - self.first > BURST:
             _say(
@@ -79,7 +84,6 @@ class _Process:
                 "goes on from the last checkpoint"
             )
             os._exit(128 + number)
-        self.received.add(number)
 
     def lost_launcher(self) -> bool:
         """Whether `deepspeed`, or the process that it starts on each node, has ended."""
@@ -98,7 +102,8 @@ def _noted_by_the_thread(number: int, frame: FrameType | None) -> None:
 
 def _say(text: str) -> None:
     rank = os.environ.get("RANK", "0")
-    print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # whoever read it may be gone
+        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
 
 
 _process = _Process()
@@ -127,7 +132,9 @@ class StopRequests:
         now = time.monotonic()
         if not self._looked or now - self._looked >= LOOK_SECONDS:
             self._looked = now
-            there = self.stop_file is not None and self.stop_file.exists()
+            there = False
+            with contextlib.suppress(OSError):  # of a network file system: looked for again soon
+                there = self.stop_file is not None and self.stop_file.exists()
             self._found = [there, _process.lost_launcher()]
         late = self.deadline is not None and time.time() >= self.deadline
         asked = [number in _process.received for number in SIGNALS]

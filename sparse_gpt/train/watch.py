@@ -6,6 +6,7 @@ so that one which is killed is named within seconds; a node that is lost has bee
 `timeouts.silence`; a rank that hangs has made no headway for `timeouts.progress`.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -243,7 +244,8 @@ class Watch:
     def _end(self) -> None:
         if self._done.wait(GRACE_SECONDS):
             return
-        print(f"[rank {self.rank}] error: {self._verdict}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever read it may be gone
+            print(f"[rank {self.rank}] error: {self._verdict}", file=sys.stderr, flush=True)
         os._exit(EXIT_LOST)
 
 

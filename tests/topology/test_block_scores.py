@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_gpt.topology import block_scores as module
 from sparse_gpt.topology.block_scores import block_scores
+from sparse_gpt.topology.keys import NonFiniteScores
 from tests.topology.exchange import Rank, on_ranks, outcomes
 
 BLOCKS = [(1, 1), (2, 4), (3, 5), (4, 1), (1, 7), (16, 16)]
@@ -208,7 +209,7 @@ def test_what_is_not_finite_on_one_rank_is_refused_on_every_rank(bad, score):
         block_scores(parts, [(4, 8)] * 2, (2, 4), score, rank.sum, rank.max, device)
 
     errors = [error for _, error in outcomes(2, body)]
-    assert [type(error) for error in errors] == [ValueError] * 2
+    assert [type(error) for error in errors] == [NonFiniteScores] * 2
     assert all("not finite" in str(error) for error in errors)
 
 

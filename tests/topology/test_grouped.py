@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.tile_lp import best_totals
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.grouped import GroupedBlocks, GroupedUnits
+from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.topology.methods.base import drop_and_grow
 from sparse_gpt.topology.n_m import random_mask, tiles_of
 from sparse_gpt.topology.random import random_scores
@@ -268,7 +269,7 @@ def test_a_score_that_is_not_finite_on_one_rank_is_refused_on_every_rank(kind):
     made.gradient[0][-1] = float("inf")
     ended = outcomes(made.ranks, lambda rank: drop_and_grow(
         made.units(rank), made.set_of(rank.index, active), 0.5, "largest gradient"))  # fmt: skip
-    assert [type(error) for _, error in ended] == [ValueError] * 3
+    assert [type(error) for _, error in ended] == [NonFiniteScores] * 3
 
 
 def test_what_groups_cannot_be():

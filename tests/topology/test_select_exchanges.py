@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_gpt.topology import select
+from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.topology.select import select_top
 from tests.topology.exchange import Rank, on_ranks, outcomes
 from tests.topology.selections import KINDS, Layer, check, choose, count, many_layers, tuned
@@ -90,7 +91,7 @@ def test_a_score_that_is_not_finite_on_one_rank_is_refused_on_every_rank(bad, ki
 
             with tuned(chunk=8):
                 errors = [error for _, error in outcomes(2, body)]
-            assert [type(error) for error in errors] == [ValueError] * 2
+            assert [type(error) for error in errors] == [NonFiniteScores] * 2
             assert all("not finite" in str(error) for error in errors)
 
 

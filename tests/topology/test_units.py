@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_gpt.model.flops import kept_units
 from sparse_gpt.topology.bits import Bits
+from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.topology.random import random_scores
 from sparse_gpt.topology.units import BlockUnits, LayerPart, ShardedUnits, UnitSet
 from tests.topology.exchange import Rank, on_ranks, outcomes
@@ -209,7 +210,7 @@ def test_a_score_that_is_not_finite_on_one_rank_is_refused_on_every_rank(whole_m
     counts = [3] if whole_model else [2, 2]
     ended = outcomes(2, lambda rank: model.sharded(rank).best(
         score, model.set_of(rank.index), counts))  # fmt: skip
-    assert [type(error) for _, error in ended] == [ValueError] * 2
+    assert [type(error) for _, error in ended] == [NonFiniteScores] * 2
 
 
 def test_growth_by_gradient_without_one_is_refused():

@@ -101,7 +101,7 @@ def test_a_bad_gradient_is_reported_with_the_layer_nearest_the_loss(corpus, tmp_
 
 
 def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after(corpus, tmp_path):
-    """Bad are steps 5 and 6; the checkpoint is of step 4, so that samples 32 to 47 are skipped."""
+    """Bad are steps 6 and 7: step 6, though due, is not saved; samples 32 to 55 are skipped."""
     run = tmp_path / "run"
     changes = {
         "max_steps": 8,
@@ -109,26 +109,27 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after(corpus, tmp_
         "optimizer__max_nonfinite_steps": 2,
         "optimizer__on_nonfinite": "rollback",
     }
-    first, second = run_ranks(2, train, corpus, str(run), [33, 41], **changes)
+    first, second = run_ranks(2, train, corpus, str(run), [41, 49], **changes)
     assert (
         first["steps"]
         == second["steps"]
         == [
-            *((step, 8 * step - 8) for step in range(1, 7)),
-            *((step, 8 * step + 8) for step in range(5, 9)),
+            *((step, 8 * step - 8) for step in range(1, 8)),
+            *((step, 8 * step + 16) for step in range(5, 9)),
         ]
     )
     state = first["state"]
-    assert (state["step"], state["samples"], state["skipped_steps"]) == (8, 80, 2)
-    assert state["rollbacks"] == 1 and state["tokens"] == 80 * 32
+    assert (state["step"], state["samples"], state["skipped_steps"]) == (8, 88, 2)
+    assert state["rollbacks"] == 1 and state["tokens"] == 88 * 32
     (record,) = records(run, "rollback")
-    assert record["step"] == 4 and record["skipped_samples"] == 16
+    assert record["step"] == 4 and record["skipped_samples"] == 24
     assert [r["step"] for r in records(run, "train")] == list(range(1, 9))
     assert any(text.startswith("rolled back to step 4  ") for text in first["said"])
     assert all(math.isfinite(float(r["loss"])) for r in records(run, "train"))
-    # Weights, moments and masks before step 5, both times; the first bad step is step 5.
+    # Weights, moments and masks before step 5, both times, and before both bad ones.
     starts = first["states"]
-    assert starts[4] == starts[6] and len({*starts[:5], *starts[7:]}) == 8
+    assert starts[4] == starts[7] and starts[5] == starts[6]
+    assert len({*starts[:6], *starts[8:]}) == 9
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import time
 from contextlib import contextmanager
 from datetime import datetime
 
+import psutil
 import pytest
 
 from sparse_gpt.config import CheckpointConfig
@@ -108,6 +109,35 @@ def test_a_signal_after_the_save_ends_at_once(tmp_path):
         assert ended(process)[0] == EXIT_STOPPED
 
 
+def test_a_signal_is_heard_though_nobody_reads_what_is_said(tmp_path):
+    with worker(tmp_path) as process:
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        flags = json.loads(process.stdout.readline())
+        assert process.wait(30) == EXIT_STOPPED
+    assert flags == [float(reason == "SIGTERM") for reason in REASONS]
+
+
+def test_a_parent_that_cannot_be_seen_is_no_launcher(tmp_path, monkeypatch):
+    def unseen(number):
+        raise psutil.NoSuchProcess(number)
+
+    monkeypatch.setattr(signals.psutil, "Process", unseen)
+    monkeypatch.setattr(signals.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(signals.signal, "set_wakeup_fd", lambda *_, **__: -1)
+    process = signals._Process()
+    process.listen()
+    assert not process.lost_launcher()
+
+
+def test_a_stop_file_that_cannot_be_looked_for_is_not_there(tmp_path, monkeypatch):
+    def broken(path):
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(signals.Path, "exists", broken)
+    assert not any(StopRequests(tmp_path, None, first_rank=True).flags())
+
+
 def test_a_stop_file(tmp_path):
     with worker(tmp_path) as process:
         (tmp_path / "STOP").touch()
@@ -147,6 +177,8 @@ def test_a_deadline_in_minutes_as_a_time_and_from_slurm(monkeypatch):
 def test_a_deadline_that_is_none_is_refused():
     with pytest.raises(ValueError, match="neither minutes nor slurm"):
         CheckpointConfig(deadline="tomorrow")
+    with pytest.raises(ValueError, match="lower deadline_margin"):
+        CheckpointConfig(deadline=2.0)
     given = CheckpointConfig.model_validate({"deadline": datetime(2026, 5, 1, 18)})
     assert given.deadline == "2026-05-01T18:00:00"
 
