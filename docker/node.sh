@@ -6,8 +6,10 @@
 # NODE_RANK    0 to NODES - 1; under slurm and in an Indexed Job of Kubernetes theirs
 # SLOTS        ranks of each node: its GPUs
 # MASTER_ADDR  name or address of node 0, MASTER_PORT a free port there (29500)
+# RESTARTS     starts after failures, at most so many an hour (0)
 #
-# A SIGTERM ends the launcher with all its ranks. Exit code: the launcher's, 2 for a user's error.
+# SIGTERM, SIGINT and SIGUSR1 end the run after its step, with a checkpoint and exit code 75. Exit code
+# otherwise: the launcher's, 2 for a user's error.
 set -euo pipefail
 
 : "${NODES:=${SLURM_NNODES:?NODES: how many nodes?}}"
@@ -21,18 +23,16 @@ for ((node = 0; node < NODES; node++)); do
     echo "node$node slots=$SLOTS"
 done > "$hostfile"
 
-set -m # the launcher and all it starts become one process group, so that none outlives this script
-deepspeed --no_ssh --hostfile "$hostfile" --node_rank "$NODE_RANK" \
+# The supervisor passes signals on to the ranks alone, and ends what outlives the launcher.
+python "$(dirname "$0")/../launch/supervise.py" --restarts "${RESTARTS:-0}" -- \
+    deepspeed --no_ssh --hostfile "$hostfile" --node_rank "$NODE_RANK" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" "$@" < /dev/null &
-group=$!
-trap 'kill -TERM -- "-$group" 2> /dev/null || true' TERM INT
-code=0
-wait "$group" || code=$?
-
-# `deepspeed` ends with 0, its ranks alive, where its only child (launch.py) is killed by a signal.
-for ((tenths = 0; tenths < 50; tenths++)); do
-    kill -0 -- "-$group" 2> /dev/null || exit "$code"
-    sleep 0.1
+supervisor=$!
+for name in TERM INT USR1; do
+    trap "kill -$name $supervisor 2> /dev/null || true" "$name"
 done
-kill -KILL -- "-$group" 2> /dev/null || true
-exit "$((code ? code : 1))"
+while true; do
+    code=0
+    wait "$supervisor" || code=$?
+    kill -0 "$supervisor" 2> /dev/null || exit "$code" # else a signal came, and it goes on
+done

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from sparse_gpt.errors import EXIT_STOPPED
 from tests.launcher import Launch
 from tests.multi_node.recipes import (
     dockerfile,
@@ -76,7 +77,7 @@ def test_a_terminated_node_ends_its_ranks(tmp_path):
     with node(tmp_path, "sleep 300 & echo started; wait") as launch:
         launch.wait_for_output("started")
         launch.process.send_signal(signal.SIGTERM)  # to the script alone, as a container gets it
-        assert launch.wait(30).returncode == 128 + signal.SIGTERM
+        assert launch.wait(30).returncode == EXIT_STOPPED
         assert launch.processes() == []
 
 
