@@ -6,6 +6,7 @@ fp32, and results do not depend on the number of threads, which is torch's.
 
 import ctypes
 import functools
+import math
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 # Features that a pass goes through at once. Where an input serves fewer than four outputs, so many
 # stay in the first cache; of others, in the second, and fewer of sums over more tokens.
 _NARROW_BAND, _WIDE_BAND = 128, 1024
-_PANEL_BAND, _DOT_BAND = 512, 256
+_PANEL_BAND, _DOT_BAND, _QUAD_BAND = 512, 256, 64  # quads in the first cache, too
 _PRODUCT_BAND = 2560  # of blocks that are multiplied by panels: fewer tokens, more features
 # Of single weights all that is gone through at once stays in the first cache; at most 256.
 _SINGLE_BAND, _SINGLE_DOT_BAND = 128, 80
@@ -202,12 +203,20 @@ def _operand(part: _Part, name: str, pairs: bool, kept: list[Tensor]) -> _Operan
     pointers = (values, part.bias, part.y, part.inputs, part.dy, part.dvalues, part.dbias)
     made = _Operand(*map(_pointer, pointers), layout.shape[0], layout.count)
     rows, inputs = layout.block
-    panels = rows % 16 == inputs % 16 == 0  # by_panel of pack.h
+    least = 32 if pairs else 16
+    panels = rows % least == inputs % least == 0  # by_panel of pack.h
+    quads = not panels and rows % 4 == inputs % 4 == 0  # by_quad
 
     def band(outputs: int) -> int:
-        if panels and not pairs:
-            return _PRODUCT_BAND
-        return _WIDE_BAND if outputs % 4 == 0 else _NARROW_BAND
+        if panels:
+            return _PRODUCT_BAND * (2 if pairs else 1)
+        if outputs % 4:
+            return _NARROW_BAND
+        if outputs > 4 or not pairs:
+            return _WIDE_BAND
+        # In the first cache, but as much as gives a block row work enough for its sums.
+        whole = math.prod(layout.grid)
+        return min(_WIDE_BAND, max(1, round(whole / max(2 * layout.count, 1))) * 2 * _NARROW_BAND)
 
     if layout.block == (1, 1):
         if name == "forward":
@@ -219,7 +228,8 @@ def _operand(part: _Part, name: str, pairs: bool, kept: list[Tensor]) -> _Operan
         made.forward = _order(layout, False, band(rows))
     else:
         made.backward = _order(layout, True, band(inputs))
-        made.gradient = _order(layout, False, _PANEL_BAND if panels else _DOT_BAND)
+        wide = _PANEL_BAND if panels else _QUAD_BAND if quads else _DOT_BAND
+        made.gradient = _order(layout, False, wide)
     return made
 
 

@@ -46,20 +46,18 @@ Plan plan_of(const Call& call) {
     return plan;
 }
 
-int add_packing(Plan* plan, const Matrix& from, int64_t features, Packing::Kind kind) {
-    plan->packings.push_back({from, features, kind});
+// A matrix, to be packed for sums over its features, over tokens, or both.
+int add_packing(Plan* plan, const Call& call, const Matrix& from, int64_t features,
+                bool by_feature, bool by_token) {
+    const bool panels = by_panel(call.b_out, call.b_in, call.pairs);
+    Packing packing{from, features, panels};
+    if (call.pairs) {
+        const PairLayout one = panels ? kPanelOrder : kLaneOrder;
+        if (by_feature) packing.by_feature = one;
+        if (by_token) packing.by_token = one;
+    }
+    plan->packings.push_back(packing);
     return static_cast<int>(plan->packings.size()) - 1;
-}
-
-// How inputs of products and those of sums over tokens are packed.
-Packing::Kind by_feature(const Call& call) {
-    if (call.pairs) return Packing::kFeaturePairs;
-    return by_panel(call.b_out, call.b_in) ? Packing::kPanels : Packing::kFloats;
-}
-
-Packing::Kind by_token(const Call& call) {
-    if (by_panel(call.b_out, call.b_in)) return call.pairs ? Packing::kPairPanels : Packing::kPanels;
-    return call.pairs ? Packing::kTokenPairs : Packing::kFloats;
 }
 
 Term term(Plan* plan, const Call& call, const Operand& o, bool turned, int packing) {
@@ -96,7 +94,7 @@ int32_t has_bf16() {
 int32_t forward(const Call* call) {
     Plan plan = plan_of(*call);
     const Matrix x{call->x, call->x_stride, plan.half};
-    const int packing = add_packing(&plan, x, call->in, by_feature(*call));
+    const int packing = add_packing(&plan, *call, x, call->in, true, false);
     for (int i = 0; i < call->count; ++i) {
         const Operand& o = call->operands[i];
         Product p;
@@ -112,7 +110,6 @@ int32_t forward(const Call* call) {
 // Write dx, and every operand's dvalues and dbias, each where it is asked for.
 int32_t backward(const Call* call) {
     Plan plan = plan_of(*call);
-    const auto kind = by_token(*call);
     const Matrix x{call->x, call->x_stride, plan.half};
     Product dx;
     dx.output = {call->dx, nullptr, nullptr, call->in, plan.half, kNone};
@@ -122,17 +119,15 @@ int32_t backward(const Call* call) {
     for (int i = 0; i < call->count; ++i) {
         const Operand& o = call->operands[i];
         const Matrix dy{o.dy, o.out, plan.half, o.inputs, call->activation};
-        int packed = -1;
-        if (call->dx) {
-            packed = add_packing(&plan, dy, o.out, by_feature(*call));
-            dx.terms.push_back(term(&plan, *call, o, true, packed));
-        }
-        if (!o.dvalues && !o.dbias) continue;
-        if (packed < 0 || kind != by_feature(*call))
-            packed = add_packing(&plan, dy, o.out, kind);
-        if (o.dvalues && packed_x < 0) packed_x = add_packing(&plan, x, call->in, kind);
+        const bool sums = o.dvalues || o.dbias;
+        if (!call->dx && !sums) continue;
+        const int packed = add_packing(&plan, *call, dy, o.out, call->dx != nullptr, sums);
+        if (call->dx) dx.terms.push_back(term(&plan, *call, o, true, packed));
+        if (!sums) continue;
+        if (o.dvalues && packed_x < 0)
+            packed_x = add_packing(&plan, *call, x, call->in, false, true);
         plan.sums.push_back({packed, packed_x, o.gradient, o.out / call->b_out, call->b_out,
-                             call->b_in, o.blocks, o.dvalues, o.dbias});
+                             call->b_in, o.blocks, plan.pairs, o.dvalues, o.dbias});
     }
     if (call->dx) plan.products.push_back(dx);
     return run(&plan);

@@ -65,6 +65,35 @@ static inline uint16_t narrow(float f) {
     return static_cast<uint16_t>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
+// The same of 16 numbers.
+static inline void wide_16(const uint16_t* from, float* to) {
+#if defined(__AVX512F__)
+    const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    _mm512_storeu_si512(to, _mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+#else
+    for (int i = 0; i < 16; ++i) to[i] = wide(from[i]);
+#endif
+}
+#if defined(__AVX512F__)
+static inline void narrow_16(Vec from, uint16_t* to) {
+    const __m512 v = (__m512)from;
+    const __m512i u = _mm512_castps_si512(v), high = _mm512_srli_epi32(u, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i rounded = _mm512_mask_or_epi32(_mm512_srli_epi32(up, 16),
+                                                 _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), high,
+                                                 _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(rounded));
+}
+#endif
+static inline void narrow_16(const float* from, uint16_t* to) {
+#if defined(__AVX512F__)
+    narrow_16(load(from), to);
+#else
+    for (int i = 0; i < 16; ++i) to[i] = narrow(from[i]);
+#endif
+}
+
 // acc + a * b, a lane a float.
 struct Floats {
     static constexpr int kPerUnit = 1;  // numbers a lane
@@ -89,6 +118,38 @@ struct Pairs {
 
 static inline float pair_of(uint16_t low, uint16_t high) {
     return from_bits(static_cast<uint32_t>(high) << 16 | low);
+}
+
+// Pairs of one number of a and one of b, of the first 16 and of the other 16.
+static inline void zip(const uint16_t* a, const uint16_t* b, float* first, float* second) {
+#if defined(__AVX512BW__)
+    alignas(64) static constexpr uint16_t order[32] = {
+        0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_load_si512(order);
+    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
+    const __m512i left = _mm512_loadu_si512(a), right = _mm512_loadu_si512(b);
+    _mm512_storeu_si512(first, _mm512_permutex2var_epi16(left, low, right));
+    _mm512_storeu_si512(second, _mm512_permutex2var_epi16(left, high, right));
+#else
+    for (int i = 0; i < 16; ++i) {
+        first[i] = pair_of(a[i], b[i]);
+        second[i] = pair_of(a[16 + i], b[16 + i]);
+    }
+#endif
+}
+
+// The same of 16 numbers.
+static inline void zip_16(const uint16_t* a, const uint16_t* b, float* out) {
+#if defined(__AVX512F__)
+    const __m256i* left = reinterpret_cast<const __m256i*>(a);
+    const __m256i* right = reinterpret_cast<const __m256i*>(b);
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(right)), 16);
+    _mm512_storeu_si512(
+        out, _mm512_or_si512(_mm512_cvtepu16_epi32(_mm256_loadu_si256(left)), high));
+#else
+    for (int i = 0; i < 16; ++i) out[i] = pair_of(a[i], b[i]);
+#endif
 }
 
 // out[c * to + r] = in[r * from + c], 16 x 16.
@@ -124,31 +185,30 @@ static inline void transpose(const float* in, int64_t from, float* out, int64_t 
 #endif
 }
 
-// sums[i] = the sum of the lanes of v[i], of 16 vectors.
-static inline void sum_lanes(const Vec* v, float* sums) {
+// sums[i] = the sum of the lanes of v[i], of 16 vectors; or add it.
+static inline void sum_lanes(const Vec* v, bool to_sums, float* sums) {
 #if defined(__AVX512F__)
-    // Each step adds the halves of two vectors and packs both sums into one vector.
-    __m512 a[8], b[4], c[2];
+    // Neighbours are added and packed into one vector until each holds sums of four of its own.
+    const auto add = [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); };
+    __m512 r[16];
     for (int i = 0; i < 8; ++i) {
-        const __m512 other = _mm512_mask_blend_ps(0x0f0f, v[i], v[i + 8]);
-        a[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xf0f0, v[i], v[i + 8]),
-                             _mm512_shuffle_f32x4(other, other, 0xb1));
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        r[i] = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
     }
-    for (int i = 0; i < 4; ++i)
-        b[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a[i], a[i + 4]),
-                             _mm512_shuffle_f32x4(a[i], a[i + 4], 0x4e));
+    for (int i = 0; i < 4; ++i) {
+        const __m512d a = _mm512_castps_pd(r[2 * i]), b = _mm512_castps_pd(r[2 * i + 1]);
+        r[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                   _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
     for (int i = 0; i < 2; ++i)
-        c[i] = _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, b[i], b[i + 2]),
-                             _mm512_shuffle_ps(b[i], b[i + 2], 0x4e));
-    const __m512 last = _mm512_mask_blend_ps(0x5555, c[0], c[1]);
-    const __m512 d = _mm512_add_ps(_mm512_mask_blend_ps(0xaaaa, c[0], c[1]),
-                                   _mm512_permute_ps(last, 0xb1));
-    // Where the sum of v[i] has come to.
-    const __m512i at = _mm512_setr_epi32(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15);
-    _mm512_storeu_ps(sums, _mm512_permutexvar_ps(at, d));
+        r[i] = add(_mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0x44),
+                   _mm512_shuffle_f32x4(r[2 * i], r[2 * i + 1], 0xee));
+    const Vec sum = (Vec)add(_mm512_shuffle_f32x4(r[0], r[1], 0x88),
+                             _mm512_shuffle_f32x4(r[0], r[1], 0xdd));
+    store(sums, to_sums ? load(sums) + sum : sum);
 #else
     for (int i = 0; i < 16; ++i) {
-        float sum = 0;
+        float sum = to_sums ? sums[i] : 0.0f;
         for (int l = 0; l < kLanes; ++l) sum += v[i][l];
         sums[i] = sum;
     }

@@ -48,79 +48,6 @@ struct Weights {
 constexpr int kWays = 4;   // vectors of tokens held at once
 constexpr int kNear = 96;  // units of a tile that stay in L1 beside weights and sums: 24 kB
 
-// sums [R outputs][64] += weights of blocks first .. last * x, for V vectors of tokens.
-template <typename Lane, int R, int V, int U>
-static inline void add_blocks(const Weights& w, int64_t first, int64_t last, int output,
-                              const float* x, float* sums) {
-    const int units = U ? U : w.units;
-    const int64_t size = static_cast<int64_t>(w.outputs) * units;
-    const float* weight = w.values + first * size + output * units;
-    Vec acc[R][V];
-    UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int v = 0; v < V; ++v) acc[r][v] = load(sums + r * kTile + v * kLanes);
-    for (int64_t b = first; b < last; ++b, weight += size) {
-        const float* in = x + static_cast<int64_t>(w.order.columns[b]) * units * kTile;
-        const int64_t next = static_cast<int64_t>(w.order.columns[b + 1 < last ? b + 1 : b]);
-        for (int u = 0; u < units; ++u) {
-            if (output == 0)  // the first that a block's inputs meet: from then on they are near
-                UNROLL
-                for (int v = 0; v < V; ++v)
-                    __builtin_prefetch(x + (next * units + u) * kTile + v * kLanes);
-            UNROLL
-            for (int r = 0; r < R; ++r) {
-                const Vec each = splat(weight[u * R + r]);
-                UNROLL
-                for (int v = 0; v < V; ++v)
-                    acc[r][v] = Lane::dot(acc[r][v], load(in + u * kTile + v * kLanes), each);
-            }
-        }
-    }
-    UNROLL
-    for (int r = 0; r < R; ++r)
-        UNROLL
-        for (int v = 0; v < V; ++v) store(sums + r * kTile + v * kLanes, acc[r][v]);
-}
-
-// sums [tiles][outputs of block rows first .. last][64] += the weight's rows * its tiles.
-template <typename Lane, int R, int V, int U>
-static void add_rows_as(const Weights& w, int64_t first, int64_t last, int64_t tiles, int passes,
-                        Tiles<float> sums) {
-    const auto add = [&](int64_t row, int64_t from, int64_t to, int64_t tile) {
-        const float* x = w.x.data + tile * w.x.step;
-        float* to_sums = sums.data + tile * sums.step + (row - first) * w.outputs * kTile;
-        for (int output = 0; output < w.outputs; output += R)
-            for (int p = 0; p < passes * V * kLanes; p += V * kLanes)
-                add_blocks<Lane, R, V, U>(w, from, to, output, x + p, to_sums + output * kTile + p);
-    };
-    const int64_t near = std::max(1, kNear / w.units);
-    for (int32_t band = 0; band < w.order.bands; ++band) {
-        const int32_t* starts = w.order.starts + band * w.rows;
-        if (w.outputs <= R) {  // inputs are used once a row: the band is to stay in L1
-            for (int64_t tile = 0; tile < tiles; ++tile)
-                for (int64_t row = first; row < last; ++row)
-                    add(row, starts[row], starts[row + 1], tile);
-            continue;
-        }
-        for (int64_t row = first; row < last; ++row)
-            for (int64_t b = starts[row]; b < starts[row + 1]; b += near)
-                for (int64_t tile = 0; tile < tiles; ++tile)
-                    add(row, b, std::min<int64_t>(b + near, starts[row + 1]), tile);
-    }
-}
-
-template <typename Lane, int R, int V>
-static void add_rows_by(const Weights& w, int64_t first, int64_t last, int64_t tiles, int passes,
-                        Tiles<float> sums) {
-    if (w.units == 1)
-        add_rows_as<Lane, R, V, 1>(w, first, last, tiles, passes, sums);
-    else if (w.units == 4)
-        add_rows_as<Lane, R, V, 4>(w, first, last, tiles, passes, sums);
-    else
-        add_rows_as<Lane, R, V, 0>(w, first, last, tiles, passes, sums);
-}
-
 // How `tokens` tokens are gone through; of others in the last tile sums are made, too.
 struct Span {
     int64_t tiles;
@@ -135,17 +62,93 @@ static inline Span span_of(int64_t tokens) {
             static_cast<int>((std::min<int64_t>(tokens, kTile) + width - 1) / width)};
 }
 
-// Sums for `tokens` tokens.
+// sums [R outputs][64] (+)= weights of blocks first .. last * x, for V vectors of tokens.
+template <typename Lane, int R, int V, int U>
+static inline void add_blocks(const Weights& w, int64_t first, int64_t last, int output,
+                              const float* x, bool add, float* sums) {
+    const int units = U ? U : w.units;
+    const int64_t size = static_cast<int64_t>(w.outputs) * units;
+    const float* weight = w.values + first * size + output * units;
+    Vec acc[R][V];
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < V; ++v) acc[r][v] = Vec{};
+    if (add)
+        UNROLL
+        for (int r = 0; r < R; ++r)
+            UNROLL
+            for (int v = 0; v < V; ++v) acc[r][v] = load(sums + r * kTile + v * kLanes);
+    for (int64_t b = first; b < last; ++b, weight += size) {
+        const float* in = x + static_cast<int64_t>(w.order.columns[b]) * units * kTile;
+        for (int u = 0; u < units; ++u)
+            UNROLL
+            for (int r = 0; r < R; ++r) {
+                const Vec each = splat(weight[u * R + r]);
+                UNROLL
+                for (int v = 0; v < V; ++v)
+                    acc[r][v] = Lane::dot(acc[r][v], load(in + u * kTile + v * kLanes), each);
+            }
+    }
+    UNROLL
+    for (int r = 0; r < R; ++r)
+        UNROLL
+        for (int v = 0; v < V; ++v) store(sums + r * kTile + v * kLanes, acc[r][v]);
+}
+
+// sums [tiles][outputs of block rows first .. last][64] (+)= the weight's rows * its tiles.
+template <typename Lane, int R, int V, int U>
+static void add_rows_as(const Weights& w, int64_t first, int64_t last, const Span& span, bool add,
+                        Tiles<float> sums) {
+    const auto sum = [&](int64_t row, int64_t from, int64_t to, int64_t tile, bool more) {
+        const float* x = w.x.data + tile * w.x.step;
+        float* to_sums = sums.data + tile * sums.step + (row - first) * w.outputs * kTile;
+        for (int output = 0; output < w.outputs; output += R)
+            for (int p = 0; p < span.passes * V * kLanes; p += V * kLanes)
+                add_blocks<Lane, R, V, U>(w, from, to, output, x + p, more,
+                                          to_sums + output * kTile + p);
+    };
+    const int64_t near = std::max(1, kNear / w.units);
+    for (int32_t band = 0; band < w.order.bands; ++band) {
+        const int32_t* starts = w.order.starts + band * w.rows;
+        const bool more = add || band > 0;
+        if (w.outputs <= R) {  // inputs are used once a row: the band is to stay in L1
+            for (int64_t tile = 0; tile < span.tiles; ++tile)
+                for (int64_t row = first; row < last; ++row)
+                    sum(row, starts[row], starts[row + 1], tile, more);
+            continue;
+        }
+        for (int64_t row = first; row < last; ++row)
+            for (int64_t b = starts[row], end = starts[row + 1]; b == starts[row] || b < end; b += near)
+                for (int64_t tile = 0; tile < span.tiles; ++tile)
+                    sum(row, b, std::min(b + near, end), tile, more || b > starts[row]);
+    }
+}
+
+template <typename Lane, int R, int V>
+static void add_rows_by(const Weights& w, int64_t first, int64_t last, const Span& span, bool add,
+                        Tiles<float> sums) {
+    const auto by = [&](auto rows) { rows(w, first, last, span, add, sums); };
+    switch (w.units) {
+        case 1: return by(add_rows_as<Lane, R, V, 1>);
+        case 2: return by(add_rows_as<Lane, R, V, 2>);
+        case 4: return by(add_rows_as<Lane, R, V, 4>);
+        case 8: return by(add_rows_as<Lane, R, V, 8>);
+        default: return by(add_rows_as<Lane, R, V, 0>);
+    }
+}
+
+// Sums for `tokens` tokens, or what is to be added to those there are.
 template <typename Lane>
-static void add_rows(const Weights& w, int64_t first, int64_t last, int64_t tokens,
+static void add_rows(const Weights& w, int64_t first, int64_t last, int64_t tokens, bool add,
                      Tiles<float> sums) {
     const Span span = span_of(tokens);
-    const auto add = [&](auto by, auto by_one) {
-        (span.few ? by_one : by)(w, first, last, span.tiles, span.passes, sums);
+    const auto sum = [&](auto by, auto by_one) {
+        (span.few ? by_one : by)(w, first, last, span, add, sums);
     };
     switch (outputs_at_once(w.outputs)) {
-        case 4: return add(add_rows_by<Lane, 4, kWays>, add_rows_by<Lane, 4, 1>);
-        case 2: return add(add_rows_by<Lane, 2, kWays>, add_rows_by<Lane, 2, 1>);
-        default: return add(add_rows_by<Lane, 1, kWays>, add_rows_by<Lane, 1, 1>);
+        case 4: return sum(add_rows_by<Lane, 4, kWays>, add_rows_by<Lane, 4, 1>);
+        case 2: return sum(add_rows_by<Lane, 2, kWays>, add_rows_by<Lane, 2, 1>);
+        default: return sum(add_rows_by<Lane, 1, kWays>, add_rows_by<Lane, 1, 1>);
     }
 }

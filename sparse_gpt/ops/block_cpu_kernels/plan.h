@@ -10,6 +10,7 @@ constexpr int64_t kRangeSums = 2048;     // of 64 tokens, that a thread holds: 5
 constexpr int64_t kPanelSums = 768;      // the same where they are read once: 192 kB
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
 constexpr int64_t kSingleRows = 512;     // whose gradients stay in L2 for a sum over tokens
+constexpr int64_t kQuadSums = 160 << 10;  // that stay in L2 from some tiles to the next
 constexpr int64_t kSumTiles = 8;         // that one sum over tokens runs through
 constexpr int64_t kNearFloats = 1 << 18;  // of tiles that stay in L2 beside sums
 constexpr int64_t kTilesAtOnce = 4;      // that a weight meets when it comes by
@@ -65,12 +66,15 @@ private:
             if (s.values && s.single())
                 at.push_back(take(Singles::floats(s.rows, s.blocks, s.order.bands)));
             else
-                at.push_back(half && s.values ? take(s.blocks * s.b_out * s.b_in) : -1);
+                at.push_back((half || s.quads()) && s.values ? take(s.blocks * s.b_out * s.b_in) : -1);
             at.push_back(half && s.bias ? take(s.rows * s.b_out) : -1);
             const int64_t rows = std::max<int64_t>(1, ceil_div(s.rows, 8 * threads));
             const size_t made = sum_ranges_.size();
-            split(s.rows, s.single() ? std::min(rows, kSingleRows) : rows, &s - sums.data(),
-                  &sum_ranges_);
+            const int64_t a_row = std::max<int64_t>(1, s.blocks * s.b_out * s.b_in / s.rows);
+            const int64_t most = s.single()  ? kSingleRows
+                                 : s.quads() ? std::max<int64_t>(1, kQuadSums / a_row)
+                                             : rows;
+            split(s.rows, std::min(rows, most), &s - sums.data(), &sum_ranges_);
             if (s.values && s.single())
                 for (size_t i = made; i < sum_ranges_.size(); ++i)
                     arrange(nullptr, &s, sum_ranges_[i], s.order.bands);
@@ -151,7 +155,7 @@ private:
         };
         team.each(count(writes_), [this](int64_t i) {
             const Range& r = writes_[i];
-            for (int64_t b = r.first; b < r.last; ++b) values[r.of].write(b, base_);
+            values[r.of].write(r.first, r.last, base_);
         });
         team.each(static_cast<int64_t>(arrangements_.size()), [this](int64_t i) {
             const Arrangement& a = arrangements_[i];
@@ -181,8 +185,7 @@ private:
             const Arrangement& a = arrangements_[i];
             if (a.sum) a.sum->singles().write(a.band, a.first, a.last, a.sum->values, half);
         });
-        if (!half) return;
-        team.each(count(sum_ranges_), [this](int64_t i) { narrow_sums(sum_ranges_[i]); });
+        team.each(count(sum_ranges_), [this](int64_t i) { put_sums(sum_ranges_[i]); });
     }
 
     // One range of the outputs of some tiles of the part that begins at `part`.
@@ -191,9 +194,9 @@ private:
         const Product& p = products[r.of];
         const int64_t outputs = (r.last - r.first) * p.b;
         const int64_t start = (part + first) * kTile, end = std::min(tokens, start + tiles * kTile);
-        if (panels()) return multiply_panels(p, start, end, first, r, base_ + held_[thread]);
+        if (panels()) return multiply_panels<Lane>(p, start, end, first, r, base_ + held_[thread]);
         const Tiles<float> sums{base_ + held_[thread], (outputs + 16) * kTile};
-        std::fill(sums.data, sums.data + tiles * sums.step, 0.0f);
+        if (single()) std::fill(sums.data, sums.data + tiles * sums.step, 0.0f);
         for (const Term& term : p.terms) {
             const Values& v = values[term.values];
             const Packing& x = packings[term.packing];
@@ -204,7 +207,7 @@ private:
             }
             const Weights w{v.order, base_ + v.at, p.rows,
                             p.b,     static_cast<int32_t>(v.units()), in};
-            add_rows<Lane>(w, r.first, r.last, end - start, sums);
+            add_rows<Lane>(w, r.first, r.last, end - start, &term != &p.terms[0], sums);
         }
         for (int64_t tile = 0; tile < tiles; ++tile)
             unpack(sums.data + tile * sums.step, r.first * p.b, outputs, start + tile * kTile,
@@ -212,11 +215,11 @@ private:
     }
 
     // The same of blocks that are multiplied by panels.
+    template <typename Lane>
     void multiply_panels(const Product& p, int64_t start, int64_t end, int64_t first, const Range& r,
                          float* sums) {
         const int64_t room = round_up(end - start, kPanelTokens);
         const int64_t outputs = (r.last - r.first) * p.b;
-        std::fill(sums, sums + outputs * room, 0.0f);
         for (const Term& term : p.terms) {
             const Values& v = values[term.values];
             const Packing& x = packings[term.packing];
@@ -226,8 +229,9 @@ private:
             for (int32_t band = 0; band < v.order.bands; ++band)
                 for (int64_t row = r.first; row < r.last; ++row) {
                     const int32_t* starts = v.order.starts + band * p.rows + row;
-                    add_panels(w, starts[0], starts[1], end - start, room,
-                               sums + (row - r.first) * p.b * room);
+                    add_panels<Lane>(w, starts[0], starts[1], end - start, room,
+                                     band > 0 || &term != &p.terms[0],
+                                     sums + (row - r.first) * p.b * room);
                 }
         }
         put_panels(sums, r.first * p.b, outputs, start, end, room, p.output);
@@ -237,10 +241,12 @@ private:
     void sum_up(const Part& part, const Range& r) {
         const Sum& s = sums[r.of];
         const Packing& dy = packings[s.dy];
-        for (int64_t tile = 0; tile < part.tiles; tile += kSumTiles) {
-            const int64_t tiles = std::min(kSumTiles, part.tiles - tile);
+        const int64_t once = s.quads() ? int64_t{kQuadTiles} : kSumTiles;
+        for (int64_t tile = 0; tile < part.tiles; tile += once) {
+            const int64_t tiles = std::min(once, part.tiles - tile);
             const bool add = part.start + tile > 0;
-            const Tiles<const float> left{base_ + dy.at + tile * dy.step(), dy.step()};
+            const Tiles<const float> left{base_ + dy.at + dy.before_tokens() + tile * dy.step(),
+                                          dy.step()};
             if (s.values) {
                 const Packing& x = packings[s.x];
                 const Tiles<const float> right{base_ + x.at + tile * x.step(), x.step()};
@@ -257,16 +263,18 @@ private:
         }
     }
 
-    // Round what a range of block rows has come to; the values' share of it is by position.
-    void narrow_sums(const Range& r) {
+    // Where it is to go, what a range of block rows has come to; of slots a share by position.
+    void put_sums(const Range& r) {
         const Sum& s = sums[r.of];
         const auto round = [](const float* from, void* to, int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i) static_cast<uint16_t*>(to)[i] = narrow(from[i]);
         };
         const int64_t numbers = s.blocks * s.b_out * s.b_in;
-        if (s.values && !s.single())
+        if (s.values && s.quads())
+            s.put_quads(r.first, r.last, half);
+        else if (half && s.values && !s.single())
             round(s.value_sums, s.values, numbers * r.first / s.rows, numbers * r.last / s.rows);
-        if (s.bias) round(s.bias_sums, s.bias, r.first * s.b_out, r.last * s.b_out);
+        if (half && s.bias) round(s.bias_sums, s.bias, r.first * s.b_out, r.last * s.b_out);
     }
 
     int64_t tiles_ = 0;  // of a part

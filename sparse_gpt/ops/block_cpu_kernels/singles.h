@@ -199,7 +199,7 @@ static void dot_singles(const Singles& s, int32_t band, int64_t first, int64_t l
     float* to = s.values + start;
     const auto put = [&](int count) {
         alignas(64) float sums[16];
-        sum_lanes(found, sums);
+        sum_lanes(found, false, sums);
         if (count == 16)
             for (int i = 0; i < 16; i += kLanes)
                 store(to + i, add ? load(to + i) + load(sums + i) : load(sums + i));

@@ -15,7 +15,7 @@ struct Gradient {
     Tiles<const float> dy;    // packed: in panels if `by_panel`, or [rows * outputs][width]
     Tiles<const float> x;     // the same of inputs
     int64_t tiles;
-    float* values;  // [blocks][outputs][inputs], by slot
+    float* values;  // [blocks][outputs][inputs], by slot; of quads in order
     bool add;       // to what is there
 };
 
@@ -26,44 +26,47 @@ static inline void put_four(const float* sums, bool add, float* to) {
     for (int i = 0; i < 4; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
 }
 
-// R outputs x 16 inputs of a block, `to` between whose rows lie `inputs` values.
-template <typename Lane, int R>
+// R outputs x P * 16 inputs of a block, `to` between whose rows lie `inputs` values.
+template <typename Lane, int R, int P>
 static inline void outer_products(const Gradient& g, const float* dy, const float* x, float* to) {
     constexpr int width = kTile / Lane::kPerUnit, parts = kPanel / kLanes;
-    Vec acc[R][parts];
+    constexpr int next_panel = kPanel * width;
+    Vec acc[R][P * parts];
     UNROLL
     for (int r = 0; r < R; ++r)
         UNROLL
-        for (int p = 0; p < parts; ++p) acc[r][p] = Vec{};
+        for (int p = 0; p < P * parts; ++p) acc[r][p] = Vec{};
     for (int64_t tile = 0; tile < g.tiles; ++tile) {
         const float* left = dy + tile * g.dy.step;
         const float* right = x + tile * g.x.step;
         for (int t = 0; t < width; t += 16)
             UNROLL
             for (int u = 0; u < 16; ++u, left += kPanel, right += kPanel) {
-                Vec in[parts];
+                Vec in[P * parts];
                 UNROLL
-                for (int p = 0; p < parts; ++p) in[p] = load(right + p * kLanes);
+                for (int p = 0; p < P * parts; ++p)
+                    in[p] = load(right + p / parts * next_panel + p % parts * kLanes);
                 UNROLL
                 for (int r = 0; r < R; ++r) {
                     const Vec each = splat(left[r]);
                     UNROLL
-                    for (int p = 0; p < parts; ++p) acc[r][p] = Lane::dot(acc[r][p], in[p], each);
+                    for (int p = 0; p < P * parts; ++p)
+                        acc[r][p] = Lane::dot(acc[r][p], in[p], each);
                 }
             }
     }
     for (int r = 0; r < R; ++r)
-        for (int p = 0; p < parts; ++p) {
+        for (int p = 0; p < P * parts; ++p) {
             float* at = to + static_cast<int64_t>(r) * g.inputs + p * kLanes;
             store(at, g.add ? load(at) + acc[r][p] : acc[r][p]);
         }
 }
 
-// Block rows first .. last of all bands, of blocks of multiples of 16.
-template <typename Lane>
-static void outer_rows(const Gradient& g, int64_t first, int64_t last) {
+// Block rows first .. last of all bands, of blocks of multiples of 16, P panels of inputs at once.
+template <typename Lane, int P>
+static void outer_rows_as(const Gradient& g, int64_t first, int64_t last) {
     constexpr int width = kTile / Lane::kPerUnit;
-    constexpr int R = kLanes == 16 ? 16 : 4;
+    constexpr int R = kLanes == 16 ? 16 / P : 4;
     const int64_t size = static_cast<int64_t>(g.outputs) * g.inputs;
     for (int32_t band = 0; band < g.order.bands; ++band)
         for (int64_t row = first; row < last; ++row) {
@@ -75,15 +78,22 @@ static void outer_rows(const Gradient& g, int64_t first, int64_t last) {
                 if (b + 1 < starts[1])  // its slot is anywhere
                     for (int64_t i = 0; i < size; i += 16)
                         __builtin_prefetch(g.values + g.order.slots[b + 1] * size + i, 1, 2);
-                for (int input = 0; input < g.inputs; input += kPanel)
+                for (int input = 0; input < g.inputs; input += P * kPanel)
                     for (int output = 0; output < g.outputs; output += R) {
                         const int panel = output / kPanel * kPanel;
-                        outer_products<Lane, R>(g, dy + panel * width + (output - panel),
-                                                x + input * width,
-                                                to + static_cast<int64_t>(output) * g.inputs + input);
+                        outer_products<Lane, R, P>(g, dy + panel * width + (output - panel),
+                                                   x + input * width,
+                                                   to + static_cast<int64_t>(output) * g.inputs + input);
                     }
             }
         }
+}
+
+// Two panels at once load less for each product, with half as many outputs.
+template <typename Lane>
+static void outer_rows(const Gradient& g, int64_t first, int64_t last) {
+    const bool two = kLanes == 16 && g.inputs % (2 * kPanel) == 0;
+    (two ? outer_rows_as<Lane, 2> : outer_rows_as<Lane, 1>)(g, first, last);
 }
 
 // Sixteen sums over tokens: sums[r * C + c] of dy row r and the input at x[c]; R * C is 16.
@@ -111,34 +121,76 @@ static inline void dot_tokens(const Gradient& g, const float* dy, const float* c
             }
         }
     }
-    sum_lanes(acc, sums);
+    sum_lanes(acc, false, sums);
 }
 
-// Block rows first .. last of all bands, of blocks whose inputs are a multiple of 4.
-template <typename Lane>
-static void dot_rows(const Gradient& g, int64_t first, int64_t last) {
+// The same of 4 rows of dy and 4 of x, which are neighbours: added to sums [4][4] if `add`. T tiles,
+// or as many as there are.
+template <typename Lane, int T>
+static inline void dot_quad(const Gradient& g, const float* dy, const float* x, float* sums) {
     constexpr int width = kTile / Lane::kPerUnit;
-    const int64_t size = static_cast<int64_t>(g.outputs) * g.inputs;
-    float sums[16];
-    const float* x[4];
+    const int64_t dy_step = g.dy.step, x_step = g.x.step;
+    Vec acc[16];
+    UNROLL
+    for (int i = 0; i < 16; ++i) acc[i] = Vec{};
+    const auto add_tile = [&] {
+        UNROLL
+        for (int v = 0; v < width; v += kLanes) {
+            Vec left[4];
+            UNROLL
+            for (int r = 0; r < 4; ++r) left[r] = load(dy + r * width + v);
+            UNROLL
+            for (int c = 0; c < 4; ++c) {
+                const Vec right = load(x + c * width + v);
+                UNROLL
+                for (int r = 0; r < 4; ++r) acc[r * 4 + c] = Lane::dot(acc[r * 4 + c], left[r], right);
+            }
+        }
+        dy += dy_step, x += x_step;
+    };
+    if (T)
+        UNROLL
+        for (int tile = 0; tile < T; ++tile) add_tile();
+    else
+        for (int64_t tile = g.tiles; tile > 0; --tile) add_tile();
+    sum_lanes(acc, g.add, sums);
+}
+
+constexpr int kQuadTiles = 4;  // whose inputs stay in L1
+
+// Block rows first .. last of all bands, of blocks of multiples of 4: 4 x 4 sums at once, which lie
+// in order, as [outputs / 4][inputs / 4][4][4] a block. B is the blocks' side, or 0 for any.
+template <typename Lane, int B, int T>
+static void quad_rows_as(const Gradient& g, int64_t first, int64_t last) {
+    constexpr int width = kTile / Lane::kPerUnit;
+    const int outputs = B ? B : g.outputs, inputs = B ? B : g.inputs;
+    const int64_t size = static_cast<int64_t>(outputs) * inputs;
+    const int32_t* columns = g.order.columns;
     for (int32_t band = 0; band < g.order.bands; ++band)
         for (int64_t row = first; row < last; ++row) {
             const int32_t* starts = g.order.starts + band * g.rows + row;
-            const float* dy = g.dy.data + row * g.outputs * width;
-            for (int64_t b = starts[0]; b < starts[1]; ++b)
-                for (int input = 0; input < g.inputs; input += 4) {
-                    const int64_t column = static_cast<int64_t>(g.order.columns[b]) * g.inputs;
-                    for (int c = 0; c < 4; ++c) x[c] = g.x.data + (column + input + c) * width;
-                    float* to = g.values + g.order.slots[b] * size + input;
-                    for (int output = 0; output < g.outputs; output += 4) {
-                        for (int r = 0; r < 4; ++r)
-                            __builtin_prefetch(to + static_cast<int64_t>(output + r) * g.inputs, 1);
-                        dot_tokens<Lane, 4, 4>(g, dy + output * width, x, sums);
-                        for (int r = 0; r < 4; ++r)
-                            put_four(sums + 4 * r, g.add, to + static_cast<int64_t>(output + r) * g.inputs);
+            const float* dy = g.dy.data + row * outputs * width;
+            float* to = g.values + starts[0] * size;
+            for (int64_t b = starts[0], end = starts[1]; b < end; ++b) {
+                const float* x = g.x.data + static_cast<int64_t>(columns[b]) * inputs * width;
+                for (int output = 0; output < outputs; output += 4)
+                    for (int input = 0; input < inputs; input += 4, to += 16) {
+                        __builtin_prefetch(to + 64, 1);
+                        dot_quad<Lane, T>(g, dy + output * width, x + input * width, to);
                     }
-                }
+            }
         }
+}
+
+template <typename Lane>
+static void quad_rows(const Gradient& g, int64_t first, int64_t last) {
+    const auto rows = [&](auto of_four, auto of_any) {
+        (g.outputs == 4 && g.inputs == 4 ? of_four : of_any)(g, first, last);
+    };
+    if (g.tiles == kQuadTiles)
+        rows(quad_rows_as<Lane, 4, kQuadTiles>, quad_rows_as<Lane, 0, kQuadTiles>);
+    else
+        rows(quad_rows_as<Lane, 4, 0>, quad_rows_as<Lane, 0, 0>);
 }
 
 // The same of any blocks: columns are those of one block or of several, as it comes.
@@ -184,8 +236,8 @@ static void dot_any_rows(const Gradient& g, int64_t first, int64_t last) {
 
 template <typename Lane>
 static void add_gradient(const Gradient& g, int64_t first, int64_t last) {
-    if (by_panel(g.outputs, g.inputs)) return outer_rows<Lane>(g, first, last);
-    if (g.outputs % 4 == 0 && g.inputs % 4 == 0) return dot_rows<Lane>(g, first, last);
+    if (by_panel(g.outputs, g.inputs, Lane::kPerUnit == 2)) return outer_rows<Lane>(g, first, last);
+    if (g.outputs % 4 == 0 && g.inputs % 4 == 0) return quad_rows<Lane>(g, first, last);
     if (g.outputs % 4 == 0) return dot_any_rows<Lane, 4, 4>(g, first, last);
     if (g.outputs % 2 == 0) return dot_any_rows<Lane, 2, 8>(g, first, last);
     dot_any_rows<Lane, 1, 16>(g, first, last);
