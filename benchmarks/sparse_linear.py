@@ -8,7 +8,7 @@ A layer [in, out] of GPT-3 Small, XL or 6.7B becomes as much wider as leaves the
 about as many; what differs is scaled by FLOPs. The ratio of times is the median over rounds in
 which dense and sparse take turns; packing is included, and the slots are in random order, as
 topology updates leave them. The dense layer is the fastest found, for each of its three products,
-of torch with and without oneDNN and of both orders of the weight; the table names them. bf16 on a
+of MKL and oneDNN and of both orders of the weight; the table names them. bf16 on a
 CPU without bf16 arithmetic is emulated where it is dense, so bf16 is also compared to dense fp32.
 
 Of XL and 6.7B fewer tokens and blocks are measured unless options say otherwise. With `--seconds`
@@ -186,11 +186,20 @@ class Dense:
             "dx": {"W [out, in]": lambda: dy @ weight, "W [in, out]": lambda: dy @ turned.t()},
             "dw": {"dW [out, in]": lambda: dy.t() @ x, "dW [in, out]": lambda: x.t() @ dy},
         }
+        linear = one_dnn_linear() if dtype == "fp32" and device.type == "cpu" else None
+        if linear is not None:  # torch's own products in fp32 are MKL's, whatever is allowed
+            ways["forward"]["W [out, in], linear"] = lambda: linear(x, weight)
+            ways["dx"]["W [in, out], linear"] = lambda: linear(dy, turned)
+            ways["dw"]["dW [out, in], linear"] = lambda: linear(
+                dy.t().contiguous(), x.t().contiguous()
+            )
         self.best: dict[str, tuple[bool, Callable[[], Tensor]]] = {}
         self.names: dict[str, str] = {}
         for name, some in ways.items():
             found = []
             for one_dnn, (way, product) in itertools.product((True, False), some.items()):
+                if linear is not None and one_dnn != ("linear" in way):
+                    continue
                 seconds = self.timed(one_dnn, product)
                 if not found or seconds < 3 * min(f[0] for f in found):
                     seconds = min(seconds, *(self.timed(one_dnn, product) for _ in range(2)))
@@ -210,6 +219,14 @@ class Dense:
         for name, seconds in spent.items():
             self.seconds[name].append(seconds)
         return spent
+
+
+def one_dnn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """x W^T in fp32 by oneDNN, which torch.compile calls and torch's own products do not."""
+    linear = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if linear is None or not torch.backends.mkldnn.is_available():
+        return None
+    return lambda x, weight: linear(x, weight, None, "none", [], "")
 
 
 @contextmanager
@@ -262,10 +279,10 @@ def measure(args: argparse.Namespace, case: Case, bases: dict[str, Dense]) -> di
         for key in bases
     }
     target = TARGETS.get(case.block, {}).get(case.sparsity)
-    if case.block == "1x1" and case.dtype != "fp32":
-        target = None
     # Against dense bf16 that is emulated, every kernel would win.
     emulated = device.type == "cpu" and not has_bf16()
+    if device.type == "cpu" and case.dtype != ("fp32" if case.block == "1x1" else "bf16"):
+        target = target if emulated and case.block != "1x1" else None
     judged = ratios["fp32" if emulated else case.dtype]
     return {
         "kernel": name, "wide": [d_in, d_out], "tokens": args.tokens or TOKENS[case.shape],

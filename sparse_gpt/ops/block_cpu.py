@@ -212,11 +212,11 @@ def _operand(part: _Part, name: str, pairs: bool, kept: list[Tensor]) -> _Operan
             return _PRODUCT_BAND * (2 if pairs else 1)
         if outputs % 4:
             return _NARROW_BAND
-        if outputs > 4 or not pairs:
+        if outputs > 4:
             return _WIDE_BAND
         # In the first cache, but as much as gives a block row work enough for its sums.
-        whole = math.prod(layout.grid)
-        return min(_WIDE_BAND, max(1, round(whole / max(2 * layout.count, 1))) * 2 * _NARROW_BAND)
+        whole, near = math.prod(layout.grid), _NARROW_BAND * (2 if pairs else 1)
+        return min(_WIDE_BAND, max(1, round(whole / max(2 * layout.count, 1))) * near)
 
     if layout.block == (1, 1):
         if name == "forward":
@@ -228,7 +228,8 @@ def _operand(part: _Part, name: str, pairs: bool, kept: list[Tensor]) -> _Operan
         made.forward = _order(layout, False, band(rows))
     else:
         made.backward = _order(layout, True, band(inputs))
-        wide = _PANEL_BAND if panels else _QUAD_BAND if quads else _DOT_BAND
+        quad = _QUAD_BAND if pairs else _QUAD_BAND // 2
+        wide = _PANEL_BAND if panels else quad if quads else _DOT_BAND
         made.gradient = _order(layout, False, wide)
     return made
 

@@ -152,6 +152,22 @@ static inline void zip_16(const uint16_t* a, const uint16_t* b, float* out) {
 #endif
 }
 
+// Of 4 x 4 numbers pairs of neighbours of a row, or of a column if `turned`: [2 units][4].
+static inline void pairs_of_four(const uint16_t* block, bool turned, float* out) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    const __m256i rows = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block));
+    const __m256i order =
+        turned ? _mm256_setr_epi16(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15)
+               : _mm256_setr_epi16(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permutexvar_epi16(order, rows));
+#else
+    for (int unit = 0; unit < 2; ++unit)
+        for (int o = 0; o < 4; ++o)
+            out[4 * unit + o] = turned ? pair_of(block[8 * unit + o], block[8 * unit + 4 + o])
+                                       : pair_of(block[4 * o + 2 * unit], block[4 * o + 2 * unit + 1]);
+#endif
+}
+
 // out[c * to + r] = in[r * from + c], 16 x 16.
 static inline void transpose(const float* in, int64_t from, float* out, int64_t to) {
 #if defined(__AVX512F__)

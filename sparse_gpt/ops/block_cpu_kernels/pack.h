@@ -89,9 +89,14 @@ static inline void put(const float* rows, int count, float* tile, int width) {
 static void pack_floats(const Matrix& m, int64_t start, int64_t tokens, int64_t first,
                         int64_t last, float* tile) {
     alignas(64) float rows[256];
-    for (int u = 0; u < kTile; u += 16)
-        for (int64_t f = first; f < last; f += 16) {
+    for (int64_t f = first; f < last; f += 16)
+        for (int u = 0; u < kTile; u += 16) {
             const int count = static_cast<int>(std::min<int64_t>(16, last - f));
+            if (count == 16 && start + u + 16 <= tokens && !m.half && !m.inputs) {
+                const float* from = static_cast<const float*>(m.data) + (start + u) * m.stride + f;
+                transpose(from, m.stride, tile + f * kTile + u, kTile);
+                continue;
+            }
             for (int i = 0; i < 16; ++i)
                 if (start + u + i < tokens)
                     read_row(m, start + u + i, f, count, rows + 16 * i);
@@ -232,6 +237,13 @@ static inline void put_square(const float* rows, const float* bias, int64_t toke
         return;
     }
 #endif
+    if (!out.half && count == 16) {
+        float* to = static_cast<float*>(out.y) + at;
+        for (int i = 0; i < tokens; ++i, to += out.stride)
+            for (int j = 0; j < 16; j += kLanes)
+                store(to + j, load(rows + 16 * i + j) + load(bias + j));
+        return;
+    }
     for (int i = 0; i < tokens; ++i, at += out.stride) {
         for (int j = 0; j < 16; j += kLanes)
             store(row + j, load(rows + 16 * i + j) + load(bias + j));

@@ -1,10 +1,12 @@
-// Threads that live as long as one call: nothing to keep over a fork, nothing to wait for at exit.
+// The threads of a call: those of the OpenMP that torch computes with, where it is in the process.
 //
-// A few tens of microseconds a call, against milliseconds of work; small work runs in the caller.
+// Threads of our own would share cores with torch's, which spin for milliseconds after each of its
+// operations. Where there are none, threads live as long as one call.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <dlfcn.h>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -14,7 +16,13 @@ public:
     // Run body(team, thread) in every thread, the caller being thread 0.
     template <typename Body>
     static void run(int threads, Body body) {
+        static const OpenMP openmp;
         Team team;
+        if (threads > 1 && openmp.parallel) {
+            Call<Body> call{&team, &body, &openmp};
+            openmp.parallel(Call<Body>::run, &call, static_cast<unsigned>(threads), 0);
+            return;
+        }
         std::vector<std::thread> others;
         try {
             for (int i = 1; i < threads; ++i)
@@ -37,6 +45,39 @@ public:
     }
 
 private:
+    // What GCC compiles a parallel region to; other OpenMPs have it, too. It may give fewer threads.
+    struct OpenMP {
+        void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+        int (*thread)();
+        int (*threads)();
+
+        OpenMP() {
+            find("GOMP_parallel", &parallel);
+            find("omp_get_thread_num", &thread);
+            find("omp_get_num_threads", &threads);
+            if (!thread || !threads) parallel = nullptr;
+        }
+
+        template <typename Function>
+        static void find(const char* name, Function* function) {
+            *function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+        }
+    };
+
+    template <typename Body>
+    struct Call {
+        Team* team;
+        Body* body;
+        const OpenMP* openmp;
+
+        static void run(void* data) {
+            const Call& call = *static_cast<Call*>(data);
+            const int thread = call.openmp->thread();
+            if (thread == 0) call.team->start(call.openmp->threads());
+            if (call.team->started()) (*call.body)(*call.team, thread);
+        }
+    };
+
     void start(int size) {
         size_ = size;
         go_.store(true, std::memory_order_release);

@@ -37,7 +37,9 @@ struct Values {
         else if (!pairs)
             each_block(first, last, base, [&](int64_t from, float* to) { write_floats(from, to); });
         else if (b_out == 4 && b_in == 4)
-            write_pairs<4>(first, last, 4, 4, base);
+            each_block(first, last, base, [this](int64_t from, float* to) {
+                pairs_of_four(static_cast<const uint16_t*>(data) + from, turned, to);
+            });
         else if (outputs() % 4 == 0)
             write_pairs<4>(first, last, b_out, b_in, base);
         else if (outputs() % 2 == 0)
