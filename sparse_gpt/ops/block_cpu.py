@@ -32,6 +32,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 _NARROW_BAND, _WIDE_BAND = 128, 1024
 _PANEL_BAND, _DOT_BAND, _QUAD_BAND = 512, 256, 64  # quads in the first cache, too
 _PRODUCT_BAND = 2560  # of blocks that are multiplied by panels: fewer tokens, more features
+_FEW_TOKENS = 256  # that all meet a weight when it comes by, if the band's inputs are near
 # Of single weights all that is gone through at once stays in the first cache; at most 256.
 _SINGLE_BAND, _SINGLE_DOT_BAND = 128, 80
 
@@ -180,7 +181,8 @@ def _run(
     even = block[0] % 2 == block[1] % 2 == 0
     pairs = x.dtype == torch.bfloat16 and even and _multiplies_pairs()
     kept: list[Tensor] = []  # that only the call has pointers to
-    made = (_Operand * len(parts))(*(_operand(part, name, pairs, kept) for part in parts))
+    few = x.shape[0] <= _FEW_TOKENS
+    made = (_Operand * len(parts))(*(_operand(part, name, pairs, few, kept) for part in parts))
     call = _Call(
         made, _pointer(x), _pointer(dx), *x.shape, x.stride(0), *block, len(parts),
         x.dtype == torch.bfloat16, pairs, _ACTIVATIONS[activation], torch.get_num_threads(),
@@ -195,7 +197,7 @@ def _multiplies_pairs() -> bool:
     return native is not None and bool(native.has_bf16())
 
 
-def _operand(part: _Part, name: str, pairs: bool, kept: list[Tensor]) -> _Operand:
+def _operand(part: _Part, name: str, pairs: bool, few: bool, kept: list[Tensor]) -> _Operand:
     layout, values = part.layout, part.values.contiguous()
     if values.data_ptr() % 4:  # pairs of bf16 are read as one
         values = values.clone()
@@ -209,7 +211,8 @@ def _operand(part: _Part, name: str, pairs: bool, kept: list[Tensor]) -> _Operan
 
     def band(outputs: int) -> int:
         if panels:
-            return _PRODUCT_BAND * (2 if pairs else 1)
+            near = _PANEL_BAND if few else _PRODUCT_BAND
+            return near * (2 if pairs else 1)
         if outputs % 4:
             return _NARROW_BAND
         if outputs > 4:

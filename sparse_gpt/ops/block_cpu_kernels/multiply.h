@@ -34,6 +34,7 @@ static inline int outputs_at_once(int outputs) {
 struct Weights {
     Order order;
     const float* values;  // in order: [blocks][outputs / R][units][R], R outputs_at_once
+    int64_t from, to;     // the blocks that `values` holds
     int64_t rows;         // block rows
     int32_t outputs, units;
     Tiles<const float> x;  // packed, [columns * units][64]
@@ -68,7 +69,7 @@ static inline void add_blocks(const Weights& w, int64_t first, int64_t last, int
                               const float* x, bool add, float* sums) {
     const int units = U ? U : w.units;
     const int64_t size = static_cast<int64_t>(w.outputs) * units;
-    const float* weight = w.values + first * size + output * units;
+    const float* weight = w.values + (first - w.from) * size + output * units;
     Vec acc[R][V];
     UNROLL
     for (int r = 0; r < R; ++r)
@@ -96,10 +97,10 @@ static inline void add_blocks(const Weights& w, int64_t first, int64_t last, int
         for (int v = 0; v < V; ++v) store(sums + r * kTile + v * kLanes, acc[r][v]);
 }
 
-// sums [tiles][outputs of block rows first .. last][64] (+)= the weight's rows * its tiles.
+// sums [tiles][outputs of block rows first .. last][64] (+)= the weight's rows of a band * its tiles.
 template <typename Lane, int R, int V, int U>
-static void add_rows_as(const Weights& w, int64_t first, int64_t last, const Span& span, bool add,
-                        Tiles<float> sums) {
+static void add_rows_as(const Weights& w, int32_t band, int64_t first, int64_t last,
+                        const Span& span, bool add, Tiles<float> sums) {
     const auto sum = [&](int64_t row, int64_t from, int64_t to, int64_t tile, bool more) {
         const float* x = w.x.data + tile * w.x.step;
         float* to_sums = sums.data + tile * sums.step + (row - first) * w.outputs * kTile;
@@ -109,26 +110,25 @@ static void add_rows_as(const Weights& w, int64_t first, int64_t last, const Spa
                                           to_sums + output * kTile + p);
     };
     const int64_t near = std::max(1, kNear / w.units);
-    for (int32_t band = 0; band < w.order.bands; ++band) {
-        const int32_t* starts = w.order.starts + band * w.rows;
-        const bool more = add || band > 0;
-        if (w.outputs <= R) {  // inputs are used once a row: the band is to stay in L1
+    const int32_t* starts = w.order.starts + band * w.rows;
+    if (w.outputs <= R) {  // inputs are used once a row: the band is to stay in L1
+        for (int64_t tile = 0; tile < span.tiles; ++tile)
+            for (int64_t row = first; row < last; ++row)
+                sum(row, starts[row], starts[row + 1], tile, add);
+        return;
+    }
+    for (int64_t row = first; row < last; ++row) {
+        const int64_t begin = starts[row], end = starts[row + 1];
+        for (int64_t b = begin; b == begin || b < end; b += near)
             for (int64_t tile = 0; tile < span.tiles; ++tile)
-                for (int64_t row = first; row < last; ++row)
-                    sum(row, starts[row], starts[row + 1], tile, more);
-            continue;
-        }
-        for (int64_t row = first; row < last; ++row)
-            for (int64_t b = starts[row], end = starts[row + 1]; b == starts[row] || b < end; b += near)
-                for (int64_t tile = 0; tile < span.tiles; ++tile)
-                    sum(row, b, std::min(b + near, end), tile, more || b > starts[row]);
+                sum(row, b, std::min(b + near, end), tile, add || b > begin);
     }
 }
 
 template <typename Lane, int R, int V>
-static void add_rows_by(const Weights& w, int64_t first, int64_t last, const Span& span, bool add,
-                        Tiles<float> sums) {
-    const auto by = [&](auto rows) { rows(w, first, last, span, add, sums); };
+static void add_rows_by(const Weights& w, int32_t band, int64_t first, int64_t last,
+                        const Span& span, bool add, Tiles<float> sums) {
+    const auto by = [&](auto rows) { rows(w, band, first, last, span, add, sums); };
     switch (w.units) {
         case 1: return by(add_rows_as<Lane, R, V, 1>);
         case 2: return by(add_rows_as<Lane, R, V, 2>);
@@ -140,11 +140,11 @@ static void add_rows_by(const Weights& w, int64_t first, int64_t last, const Spa
 
 // Sums for `tokens` tokens, or what is to be added to those there are.
 template <typename Lane>
-static void add_rows(const Weights& w, int64_t first, int64_t last, int64_t tokens, bool add,
-                     Tiles<float> sums) {
+static void add_rows(const Weights& w, int32_t band, int64_t first, int64_t last, int64_t tokens,
+                     bool add, Tiles<float> sums) {
     const Span span = span_of(tokens);
     const auto sum = [&](auto by, auto by_one) {
-        (span.few ? by_one : by)(w, first, last, span, add, sums);
+        (span.few ? by_one : by)(w, band, first, last, span, add, sums);
     };
     switch (outputs_at_once(w.outputs)) {
         case 4: return sum(add_rows_by<Lane, 4, kWays>, add_rows_by<Lane, 4, 1>);

@@ -31,7 +31,7 @@ static inline void add_panel(const Weights& w, int64_t first, int64_t last, int 
             for (int p = 0; p < P * parts; ++p)
                 acc[t][p] = load(sums + p / parts * room * kPanel + t * kPanel + p % parts * kLanes);
     for (int64_t b = first; b < last; ++b) {
-        const float* weight = w.values + b * size + static_cast<int64_t>(output) * w.units;
+        const float* weight = w.values + (b - w.from) * size + static_cast<int64_t>(output) * w.units;
         const float* in = x + static_cast<int64_t>(w.order.columns[b]) * w.units * kTile;
         const float* after =
             x + static_cast<int64_t>(w.order.columns[b + 1 < last ? b + 1 : b]) * w.units * kTile;
@@ -68,15 +68,14 @@ static void add_panels(const Weights& w, int64_t first, int64_t last, int64_t to
     constexpr int width = kPanel / Lane::kPerUnit, half = kPanelTokens / 2;
     const int64_t size = static_cast<int64_t>(w.outputs) * w.units;
     const int64_t near = std::max(1, kPanelUnits / w.units);
-    const int64_t blocks = w.order.starts[w.order.bands * w.rows];
     const int64_t groups = ceil_div(tokens, kPanelTokens);
     const bool scattered = w.units <= kScattered;
     // Two panels at once load less for each product, with half as many tokens.
     const bool two = kPanelTokens == 16 && w.outputs % (2 * kPanel) == 0;
     for (int64_t b = first; b == first || b < last; b += near) {
         const int64_t end = std::min(b + near, last);
-        const float* next = w.values + end * size;  // weights are fetched while others are used
-        const float* fetched = w.values + std::min(end + near, blocks) * size;
+        const float* next = w.values + (end - w.from) * size;  // fetched while others are used
+        const float* fetched = w.values + (std::min(end + near, w.to) - w.from) * size;
         const int64_t lines = ceil_div((fetched - next) / 16, groups);
         for (int chunk = 0; chunk < w.outputs; chunk += kPanelOutputs)
             for (int64_t t = 0; t < groups * kPanelTokens; t += kPanelTokens) {

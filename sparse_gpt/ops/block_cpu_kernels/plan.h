@@ -10,7 +10,8 @@ constexpr int64_t kRangeSums = 2048;     // of 64 tokens, that a thread holds: 5
 constexpr int64_t kPanelSums = 768;      // the same where they are read once: 192 kB
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
 constexpr int64_t kSingleRows = 512;     // whose gradients stay in L2 for a sum over tokens
-constexpr int64_t kQuadSums = 160 << 10;  // that stay in L2 from some tiles to the next
+constexpr int64_t kNearSums = 160 << 10;  // of gradients, that stay in L2 from some tiles to the next
+constexpr int64_t kNearWeights = 32 << 10;  // in order, that are written where they are used once
 constexpr int64_t kSumTiles = 4;         // that one sum over tokens runs through
 constexpr int64_t kNearFloats = 1 << 18;  // of tiles that stay in L2 beside sums
 constexpr int64_t kTilesAtOnce = 4;      // that a weight meets when it comes by
@@ -46,12 +47,6 @@ private:
             floats += round_up(count, 16);
             return at;
         };
-        for (Values& v : values) {
-            v.at = take(v.floats());
-            if (v.single()) continue;  // lay_out_products
-            const int64_t slab = std::max<int64_t>(1, kSlab * 64 / (v.outputs() * v.units()));
-            split(v.blocks, slab, &v - values.data(), &writes_);
-        }
         for (const Packing& p : packings) step += p.step();
         tiles_ = std::min(tiles, std::max(kSumTiles, kPartFloats / std::max<int64_t>(1, step)));
         tiles_ = std::min(tiles, round_up(tiles_, kSumTiles));
@@ -60,25 +55,33 @@ private:
             split(p.features, kSlab, &p - packings.data(), &packs_);
         }
         lay_out_products();
+        lay_out_weights(take);
         for (int i = 0; i < threads; ++i) held_.push_back(take(range_floats_));
         std::vector<int64_t> at;
+        at_once_ = tiles_ == tiles;
         for (Sum& s : sums) {
             if (s.values && s.single())
                 at.push_back(take(Singles::floats(s.rows, s.blocks, s.order.bands)));
+            else if (s.in_order())
+                at.push_back(at_once_ ? -1 : take(s.blocks * s.b_out * s.b_in));
             else
-                at.push_back((half || s.quads()) && s.values ? take(s.blocks * s.b_out * s.b_in) : -1);
+                at.push_back(half && s.values ? take(s.blocks * s.b_out * s.b_in) : -1);
             at.push_back(half && s.bias ? take(s.rows * s.b_out) : -1);
             const int64_t rows = std::max<int64_t>(1, ceil_div(s.rows, 8 * threads));
             const size_t made = sum_ranges_.size();
-            const int64_t a_row = std::max<int64_t>(1, s.blocks * s.b_out * s.b_in / s.rows);
-            const int64_t most = s.single()  ? kSingleRows
-                                 : s.quads() ? std::max<int64_t>(1, kQuadSums / a_row)
-                                             : rows;
+            const int64_t most = s.single()     ? kSingleRows
+                                 : s.in_order() ? std::max<int64_t>(1, kNearSums / s.a_row())
+                                                : rows;
             split(s.rows, std::min(rows, most), &s - sums.data(), &sum_ranges_);
-            if (s.values && s.single())
-                for (size_t i = made; i < sum_ranges_.size(); ++i)
-                    arrange(nullptr, &s, sum_ranges_[i], s.order.bands);
+            for (size_t i = made; i < sum_ranges_.size(); ++i) {
+                const Range& r = sum_ranges_[i];
+                if (s.values && s.single()) arrange(nullptr, &s, r, s.order.bands);
+                if (s.in_order() && at_once_)
+                    near_sums_ = std::max(near_sums_, blocks_of(s.order, s.rows, r.first, r.last) *
+                                                          s.b_out * s.b_in);
+            }
         }
+        for (int i = 0; i < threads; ++i) near_.push_back(take(near_sums_));
         base_ = scratch.floats(floats);
         for (const Product& p : products) {
             use_huge_pages(p.output.y, tokens * p.output.stride * (half ? 2 : 4));
@@ -87,7 +90,9 @@ private:
         for (size_t i = 0; i < sums.size(); ++i) {
             Sum& s = sums[i];
             use_huge_pages(s.values, s.blocks * s.b_out * s.b_in * (half ? 2 : 4));
-            s.value_sums = at[2 * i] >= 0 ? base_ + at[2 * i] : static_cast<float*>(s.values);
+            s.value_sums = at[2 * i] >= 0 ? base_ + at[2 * i]
+                           : s.in_order() ? nullptr
+                                          : static_cast<float*>(s.values);
             s.bias_sums = half ? base_ + at[2 * i + 1] : static_cast<float*>(s.bias);
         }
     }
@@ -103,8 +108,11 @@ private:
         if (panels()) inputs = std::min(inputs, kTile * bands_features());
         const int64_t near = std::max<int64_t>(1, kNearFloats / std::max<int64_t>(1, inputs));
         const int64_t at_once = single() || panels() ? std::min(kTilesAtOnce, near) : kTilesAtOnce;
-        panel_ = std::clamp<int64_t>(tiles_ / (2 * threads), 1, at_once);
-        const int64_t panels = ceil_div(std::max<int64_t>(1, tiles_), panel_);
+        panel_ = std::clamp<int64_t>(tiles_, 1, at_once);
+        const auto count_panels = [this] { return ceil_div(std::max<int64_t>(1, tiles_), panel_); };
+        // Fewer of them, where threads would have too little to share.
+        while (panel_ > 1 && count_panels() * (outputs / kTile) < 4 * threads) panel_ = panel_ / 2;
+        const int64_t panels = count_panels();
         const int64_t wanted = std::max<int64_t>(1, ceil_div(outputs * panels, 4 * threads));
         const int64_t sums = panels_once() ? kPanelSums : kRangeSums;
         const int64_t most = std::min(sums / panel_, round_up(wanted, 16));
@@ -121,6 +129,37 @@ private:
             // unpack reads 16 rows more than there are
             range_floats_ = std::max(range_floats_, panel_ * (rows * p.b + 16) * kTile);
         }
+    }
+
+    // Weights in order: all before products, or, where all tokens meet them at once, some as they are
+    // needed.
+    template <typename Take>
+    void lay_out_weights(Take take) {
+        const int64_t tiles = ceil_div(tokens, kTile);
+        as_needed_ = !single() && tiles_ == tiles && panel_ >= tiles;
+        int64_t near = as_needed_ && !values.empty() ? kNearWeights : 0;
+        for (Values& v : values) {
+            if (!as_needed_) v.at = take(v.floats());
+            if (v.single()) continue;  // lay_out_products
+            if (!as_needed_) {
+                const int64_t slab = std::max<int64_t>(1, kSlab * 64 / v.a_block());
+                split(v.blocks, slab, &v - values.data(), &writes_);
+                continue;
+            }
+            int64_t longest = 0;  // row of a band
+            for (int64_t row = 0; row < v.rows * v.order.bands; ++row)
+                longest = std::max<int64_t>(longest, v.order.starts[row + 1] - v.order.starts[row]);
+            near = std::max(near, longest * v.a_block());
+        }
+        near_weights_ = near;
+        for (int i = 0; i < threads; ++i) weights_.push_back(take(near));
+    }
+
+    static int64_t blocks_of(const Order& order, int64_t rows, int64_t first, int64_t last) {
+        int64_t count = 0;
+        for (int32_t band = 0; band < order.bands; ++band)
+            count += order.starts[band * rows + last] - order.starts[band * rows + first];
+        return count;
     }
 
     bool single() const { return !values.empty() && values[0].single(); }
@@ -155,7 +194,8 @@ private:
         };
         team.each(count(writes_), [this](int64_t i) {
             const Range& r = writes_[i];
-            values[r.of].write(r.first, r.last, base_);
+            const Values& v = values[r.of];
+            v.write(r.first, r.last, base_ + v.at + r.first * v.a_block());
         });
         team.each(static_cast<int64_t>(arrangements_.size()), [this](int64_t i) {
             const Arrangement& a = arrangements_[i];
@@ -179,7 +219,7 @@ private:
                 multiply<Lane>(part.start, first, tiles, ranges_[i % count(ranges_)], thread);
             });
             team.each(count(sum_ranges_),
-                      [&](int64_t i) { sum_up<Lane>(part, sum_ranges_[i]); });
+                      [&](int64_t i) { sum_up<Lane>(part, sum_ranges_[i], thread); });
         }
         team.each(static_cast<int64_t>(arrangements_.size()), [this](int64_t i) {
             const Arrangement& a = arrangements_[i];
@@ -194,7 +234,7 @@ private:
         const Product& p = products[r.of];
         const int64_t outputs = (r.last - r.first) * p.b;
         const int64_t start = (part + first) * kTile, end = std::min(tokens, start + tiles * kTile);
-        if (panels()) return multiply_panels<Lane>(p, start, end, first, r, base_ + held_[thread]);
+        if (panels()) return multiply_panels<Lane>(p, start, end, first, r, thread);
         const Tiles<float> sums{base_ + held_[thread], (outputs + 16) * kTile};
         if (single()) std::fill(sums.data, sums.data + tiles * sums.step, 0.0f);
         for (const Term& term : p.terms) {
@@ -205,9 +245,10 @@ private:
                 add_single_rows(v.singles(base_), r.first, r.last, end - start, in, sums);
                 continue;
             }
-            const Weights w{v.order, base_ + v.at, p.rows,
-                            p.b,     static_cast<int32_t>(v.units()), in};
-            add_rows<Lane>(w, r.first, r.last, end - start, &term != &p.terms[0], sums);
+            each_weights(v, p, r, in, thread, [&](const Weights& w, int32_t band, int64_t row, int64_t to) {
+                const Tiles<float> at{sums.data + (row - r.first) * p.b * kTile, sums.step};
+                add_rows<Lane>(w, band, row, to, end - start, band > 0 || &term != &p.terms[0], at);
+            });
         }
         for (int64_t tile = 0; tile < tiles; ++tile)
             unpack(sums.data + tile * sums.step, r.first * p.b, outputs, start + tile * kTile,
@@ -217,30 +258,55 @@ private:
     // The same of blocks that are multiplied by panels.
     template <typename Lane>
     void multiply_panels(const Product& p, int64_t start, int64_t end, int64_t first, const Range& r,
-                         float* sums) {
+                         int thread) {
+        float* sums = base_ + held_[thread];
         const int64_t room = round_up(end - start, kPanelTokens);
         const int64_t outputs = (r.last - r.first) * p.b;
         for (const Term& term : p.terms) {
             const Values& v = values[term.values];
             const Packing& x = packings[term.packing];
             const Tiles<const float> in{base_ + x.at + first * x.step(), x.step()};
-            const Weights w{v.order, base_ + v.at, p.rows,
-                            p.b,     static_cast<int32_t>(v.units()), in};
-            for (int32_t band = 0; band < v.order.bands; ++band)
-                for (int64_t row = r.first; row < r.last; ++row) {
+            each_weights(v, p, r, in, thread, [&](const Weights& w, int32_t band, int64_t row, int64_t to) {
+                for (; row < to; ++row) {
                     const int32_t* starts = v.order.starts + band * p.rows + row;
                     add_panels<Lane>(w, starts[0], starts[1], end - start, room,
                                      band > 0 || &term != &p.terms[0],
                                      sums + (row - r.first) * p.b * room);
                 }
+            });
         }
         put_panels(sums, r.first * p.b, outputs, start, end, room, p.output);
     }
 
+    // Calls use(weights, band, block rows from .. to) for the rows of a range, band after band: of as
+    // many rows at once as have their weights in order.
+    template <typename Use>
+    void each_weights(const Values& v, const Product& p, const Range& r, Tiles<const float> in,
+                      int thread, Use use) {
+        Weights w{v.order, base_ + v.at, 0, v.blocks, p.rows, p.b, static_cast<int32_t>(v.units()), in};
+        for (int32_t band = 0; band < v.order.bands; ++band) {
+            if (!as_needed_) {
+                use(w, band, r.first, r.last);
+                continue;
+            }
+            const int32_t* starts = v.order.starts + band * p.rows;
+            float* near = base_ + weights_[thread];
+            w.values = near;
+            for (int64_t row = r.first, to; row < r.last; row = to) {
+                for (to = row + 1; to < r.last; ++to)
+                    if ((starts[to + 1] - starts[row]) * v.a_block() > near_weights_) break;
+                w.from = starts[row], w.to = starts[to];
+                v.write(w.from, w.to, near);
+                use(w, band, row, to);
+            }
+        }
+    }
+
     template <typename Lane>
-    void sum_up(const Part& part, const Range& r) {
+    void sum_up(const Part& part, const Range& r, int thread) {
         const Sum& s = sums[r.of];
         const Packing& dy = packings[s.dy];
+        const InOrder in_order{s.value_sums ? s.value_sums : base_ + near_[thread], !s.value_sums};
         const int64_t once = s.quads() ? int64_t{kQuadTiles} : kSumTiles;
         for (int64_t tile = 0; tile < part.tiles; tile += once) {
             const int64_t tiles = std::min(once, part.tiles - tile);
@@ -251,7 +317,7 @@ private:
                 const Packing& x = packings[s.x];
                 const Tiles<const float> right{base_ + x.at + tile * x.step(), x.step()};
                 const Gradient g{s.order, s.rows, s.b_out, s.b_in, left, right, tiles,
-                                 s.value_sums, add};
+                                 s.value_sums, in_order, add};
                 if (s.single())
                     single_gradient(s.singles(), r.first, r.last, tiles, left, right, add);
                 else
@@ -261,6 +327,7 @@ private:
                 (s.panels() ? sum_panels<Lane> : sum_tokens<Lane>)(
                     left, tiles, r.first * s.b_out, r.last * s.b_out, add, s.bias_sums);
         }
+        if (s.in_order() && at_once_) s.put(in_order, r.first, r.last, half);
     }
 
     // Where it is to go, what a range of block rows has come to; of slots a share by position.
@@ -270,9 +337,9 @@ private:
             for (int64_t i = first; i < last; ++i) static_cast<uint16_t*>(to)[i] = narrow(from[i]);
         };
         const int64_t numbers = s.blocks * s.b_out * s.b_in;
-        if (s.values && s.quads())
-            s.put_quads(r.first, r.last, half);
-        else if (half && s.values && !s.single())
+        if (s.in_order()) {
+            if (!at_once_) s.put({s.value_sums, false}, r.first, r.last, half);
+        } else if (half && s.values && !s.single())
             round(s.value_sums, s.values, numbers * r.first / s.rows, numbers * r.last / s.rows);
         if (half && s.bias) round(s.bias_sums, s.bias, r.first * s.b_out, r.last * s.b_out);
     }
@@ -283,5 +350,9 @@ private:
     std::vector<Range> writes_, packs_, ranges_, sum_ranges_;
     int64_t range_floats_ = 0;
     std::vector<int64_t> held_;  // where each thread's sums are
+    bool at_once_ = false;       // all tokens are in one part
+    bool as_needed_ = false;     // weights are put in order where they are used
+    int64_t near_weights_ = 0, near_sums_ = 0;
+    std::vector<int64_t> weights_, near_;  // where each thread has those
     float* base_ = nullptr;
 };

@@ -8,6 +8,22 @@
 #include "pack.h"
 #include "singles.h"
 
+// Sums of blocks in their order: of all blocks, or of some rows' alone, band after band.
+struct InOrder {
+    float* data;
+    bool rows_alone;
+
+    // Where those of rows first .. last of a band begin; of rows alone bands are asked for in turn.
+    float* band(const Order& order, int64_t rows, int32_t band, int64_t first, int64_t last,
+                int64_t size) {
+        const int32_t* starts = order.starts + band * rows;
+        if (!rows_alone) return data + starts[first] * size;
+        float* begin = data;
+        data += (starts[last] - starts[first]) * size;
+        return begin;
+    }
+};
+
 struct Gradient {
     Order order;
     int64_t rows;             // block rows
@@ -15,7 +31,8 @@ struct Gradient {
     Tiles<const float> dy;    // packed: in panels if `by_panel`, or [rows * outputs][width]
     Tiles<const float> x;     // the same of inputs
     int64_t tiles;
-    float* values;  // [blocks][outputs][inputs], by slot; of quads in order
+    float* values;  // [blocks][outputs][inputs], by slot, or
+    InOrder sums;   // of quads and panels
     bool add;       // to what is there
 };
 
@@ -68,16 +85,14 @@ static void outer_rows_as(const Gradient& g, int64_t first, int64_t last) {
     constexpr int width = kTile / Lane::kPerUnit;
     constexpr int R = kLanes == 16 ? 16 / P : 4;
     const int64_t size = static_cast<int64_t>(g.outputs) * g.inputs;
-    for (int32_t band = 0; band < g.order.bands; ++band)
+    InOrder sums = g.sums;
+    for (int32_t band = 0; band < g.order.bands; ++band) {
+        float* to = sums.band(g.order, g.rows, band, first, last, size);
         for (int64_t row = first; row < last; ++row) {
             const int32_t* starts = g.order.starts + band * g.rows + row;
             const float* dy = g.dy.data + row * g.outputs * width;
-            for (int64_t b = starts[0]; b < starts[1]; ++b) {
+            for (int64_t b = starts[0]; b < starts[1]; ++b, to += size) {
                 const float* x = g.x.data + static_cast<int64_t>(g.order.columns[b]) * g.inputs * width;
-                float* to = g.values + g.order.slots[b] * size;
-                if (b + 1 < starts[1])  // its slot is anywhere
-                    for (int64_t i = 0; i < size; i += 16)
-                        __builtin_prefetch(g.values + g.order.slots[b + 1] * size + i, 1, 2);
                 for (int input = 0; input < g.inputs; input += P * kPanel)
                     for (int output = 0; output < g.outputs; output += R) {
                         const int panel = output / kPanel * kPanel;
@@ -87,6 +102,7 @@ static void outer_rows_as(const Gradient& g, int64_t first, int64_t last) {
                     }
             }
         }
+    }
 }
 
 // Two panels at once load less for each product, with half as many outputs.
@@ -166,11 +182,12 @@ static void quad_rows_as(const Gradient& g, int64_t first, int64_t last) {
     const int outputs = B ? B : g.outputs, inputs = B ? B : g.inputs;
     const int64_t size = static_cast<int64_t>(outputs) * inputs;
     const int32_t* columns = g.order.columns;
-    for (int32_t band = 0; band < g.order.bands; ++band)
+    InOrder sums = g.sums;
+    for (int32_t band = 0; band < g.order.bands; ++band) {
+        float* to = sums.band(g.order, g.rows, band, first, last, size);
         for (int64_t row = first; row < last; ++row) {
             const int32_t* starts = g.order.starts + band * g.rows + row;
             const float* dy = g.dy.data + row * outputs * width;
-            float* to = g.values + starts[0] * size;
             for (int64_t b = starts[0], end = starts[1]; b < end; ++b) {
                 const float* x = g.x.data + static_cast<int64_t>(columns[b]) * inputs * width;
                 for (int output = 0; output < outputs; output += 4)
@@ -180,6 +197,7 @@ static void quad_rows_as(const Gradient& g, int64_t first, int64_t last) {
                     }
             }
         }
+    }
 }
 
 template <typename Lane>

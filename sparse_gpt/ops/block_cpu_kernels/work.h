@@ -26,37 +26,37 @@ struct Values {
     int64_t outputs() const { return turned ? b_in : b_out; }
     int64_t floats() const {
         if (single()) return Singles::floats(rows, blocks, order.bands);
-        return blocks * outputs() * units();
+        return blocks * a_block();
     }
+    int64_t a_block() const { return outputs() * units(); }
     Singles singles(float* base) const { return {order, rows, blocks, base + at}; }
 
     // Blocks first .. last of the order.
-    void write(int64_t first, int64_t last, float* base) const {
+    void write(int64_t first, int64_t last, float* out) const {
         if (panels())
-            each_block(first, last, base, [&](int64_t from, float* to) { write_panels(from, to); });
+            each_block(first, last, out, [&](int64_t from, float* to) { write_panels(from, to); });
         else if (!pairs)
-            each_block(first, last, base, [&](int64_t from, float* to) { write_floats(from, to); });
+            each_block(first, last, out, [&](int64_t from, float* to) { write_floats(from, to); });
         else if (b_out == 4 && b_in == 4)
-            each_block(first, last, base, [this](int64_t from, float* to) {
+            each_block(first, last, out, [this](int64_t from, float* to) {
                 pairs_of_four(static_cast<const uint16_t*>(data) + from, turned, to);
             });
         else if (outputs() % 4 == 0)
-            write_pairs<4>(first, last, b_out, b_in, base);
+            write_pairs<4>(first, last, b_out, b_in, out);
         else if (outputs() % 2 == 0)
-            write_pairs<2>(first, last, b_out, b_in, base);
+            write_pairs<2>(first, last, b_out, b_in, out);
         else
-            write_pairs<1>(first, last, b_out, b_in, base);
+            write_pairs<1>(first, last, b_out, b_in, out);
     }
 
     // Calls write(where a block begins in `data`, where it goes).
     template <typename Write>
-    void each_block(int64_t first, int64_t last, float* base, Write write) const {
+    void each_block(int64_t first, int64_t last, float* to, Write write) const {
         const int64_t size = static_cast<int64_t>(b_out) * b_in, bytes = half ? 2 : 4;
-        const int64_t fetched = std::min<int64_t>(size * bytes, 1024), step = outputs() * units();
+        const int64_t fetched = std::min<int64_t>(size * bytes, 1024), step = a_block();
         const int64_t end = blocks - 1;
         const int32_t* slots = order.slots;  // anywhere in memory
         const char* source = static_cast<const char*>(data);
-        float* to = base + at + first * step;
         for (int64_t b = first; b < last; ++b, to += step) {
             const char* next = source + slots[std::min(b + kSlotsAhead, end)] * size * bytes;
             for (int64_t i = 0; i < fetched; i += 64) __builtin_prefetch(next + i);
@@ -79,10 +79,10 @@ struct Values {
 
     // The same of pairs, of blocks [rows][columns].
     template <int kOnce>  // outputs_at_once
-    void write_pairs(int64_t first, int64_t last, int64_t rows, int64_t columns, float* base) const {
+    void write_pairs(int64_t first, int64_t last, int64_t rows, int64_t columns, float* out) const {
         const uint16_t* halves = static_cast<const uint16_t*>(data);
         if (turned)
-            each_block(first, last, base, [=](int64_t from, float* to) {
+            each_block(first, last, out, [=](int64_t from, float* to) {
                 for (int64_t output = 0; output < columns; output += kOnce)
                     for (int64_t row = 0; row < rows; row += 2, to += kOnce)
                         for (int o = 0; o < kOnce; ++o) {
@@ -91,7 +91,7 @@ struct Values {
                         }
             });
         else
-            each_block(first, last, base, [=](int64_t from, float* to) {
+            each_block(first, last, out, [=](int64_t from, float* to) {
                 for (int64_t output = 0; output < rows; output += kOnce)
                     for (int64_t column = 0; column < columns; column += 2, to += kOnce)
                         for (int o = 0; o < kOnce; ++o)
@@ -166,6 +166,28 @@ struct Product {
     int32_t b;  // outputs a block row
 };
 
+// Sums of a block, rounded if `half`: as they lie, or from [outputs / 4][inputs / 4][4][4].
+static void put_numbers(const float* from, int64_t b_out, int64_t b_in, bool half, void* to) {
+    if (!half) return void(std::memcpy(to, from, b_out * b_in * 4));
+    for (int64_t i = 0; i < b_out * b_in; i += 16)
+        narrow_16(from + i, static_cast<uint16_t*>(to) + i);
+}
+
+static void put_quads(const float* from, int64_t b_out, int64_t b_in, bool half, void* to) {
+    alignas(32) uint16_t halves[16];
+    for (int64_t output = 0; output < b_out; output += 4)
+        for (int64_t input = 0; input < b_in; input += 4, from += 16) {
+            if (half) narrow_16(from, halves);
+            for (int o = 0; o < 4; ++o) {
+                const int64_t at = (output + o) * b_in + input;
+                if (half)
+                    std::memcpy(static_cast<uint16_t*>(to) + at, halves + 4 * o, 8);
+                else
+                    std::memcpy(static_cast<float*>(to) + at, from + 4 * o, 16);
+            }
+        }
+}
+
 // The gradients of a weight's values and bias, or of one of them.
 struct Sum {
     int dy, x;  // numbers of packings; x is -1 where only the bias is asked for
@@ -176,37 +198,30 @@ struct Sum {
     bool pairs;
     void* values;  // fp32 or bf16 [blocks][b_out][b_in], or null
     void* bias;    // [rows * b_out], or null
-    float* value_sums = nullptr;  // fp32: `values` itself, or scratch memory
+    float* value_sums = nullptr;  // fp32: `values` itself, or scratch memory; null: a thread's own
     float* bias_sums = nullptr;
 
     bool single() const { return b_out == 1 && b_in == 1; }
     bool panels() const { return by_panel(b_out, b_in, pairs); }
     bool quads() const { return by_quad(b_out, b_in, pairs); }
+    // Whether sums lie in the order of blocks until all tokens are in them, not by slot.
+    bool in_order() const { return values && (quads() || panels()); }
+    int64_t a_row() const { return std::max<int64_t>(1, blocks * b_out * b_in / std::max<int64_t>(1, rows)); }
     Singles singles() const { return {order, rows, blocks, value_sums}; }
 
-    // Block rows first .. last of sums that lie in order as quads, to their slots.
-    void put_quads(int64_t first, int64_t last, bool half) const {
+    // What block rows first .. last have come to in `sums`, to their slots.
+    void put(InOrder sums, int64_t first, int64_t last, bool half) const {
         const int64_t size = static_cast<int64_t>(b_out) * b_in, bytes = half ? 2 : 4;
         for (int32_t band = 0; band < order.bands; ++band) {
             const int32_t* starts = order.starts + band * rows;
-            for (int64_t b = starts[first]; b < starts[last]; ++b) {
+            const float* from = sums.band(order, rows, band, first, last, size);
+            for (int64_t b = starts[first]; b < starts[last]; ++b, from += size) {
                 const int64_t next = order.slots[std::min(b + kSlotsAhead, blocks - 1)] * size;
                 for (int64_t i = 0; i < std::min<int64_t>(size * bytes, 1024); i += 64)
                     __builtin_prefetch(static_cast<const char*>(values) + next * bytes + i, 1);
-                const float* from = value_sums + b * size;
-                const int64_t to = order.slots[b] * size;
-                for (int64_t output = 0; output < b_out; output += 4)
-                    for (int64_t input = 0; input < b_in; input += 4, from += 16) {
-                        alignas(32) uint16_t halves[16];
-                        if (half) narrow_16(from, halves);
-                        for (int o = 0; o < 4; ++o) {
-                            const int64_t at = to + (output + o) * b_in + input;
-                            if (half)
-                                std::memcpy(static_cast<uint16_t*>(values) + at, halves + 4 * o, 8);
-                            else
-                                std::memcpy(static_cast<float*>(values) + at, from + 4 * o, 16);
-                        }
-                    }
+                (quads() ? put_quads : put_numbers)(from, b_out, b_in, half,
+                                                    static_cast<char*>(values) +
+                                                        order.slots[b] * size * bytes);
             }
         }
     }
