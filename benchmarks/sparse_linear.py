@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from sparse_gpt.allocator import keep_freed_memory  # noqa: E402
 from sparse_gpt.ops import BlockLayout, CompactKernel, Operand, resolve_compact  # noqa: E402
 
 SHAPES = {"small": (768, 3072), "xl": (2048, 8192), "6.7b": (4096, 16384), "tiny": (64, 128)}
@@ -66,6 +67,7 @@ class Case:
 def main() -> int:
     args = arguments()
     device, until = torch.device(args.device), time.monotonic() + args.seconds
+    keep_freed_memory()  # as training on CPUs does
     rows: list[dict[str, Any]] = []
     left: list[Case] = []
     dense: dict[tuple[str, str, int], Dense] = {}

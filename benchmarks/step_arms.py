@@ -265,6 +265,9 @@ def serve_blocks(arm: Arm) -> None:
     """Steps of blocks without a Trainer; values of compact weights are drawn as they are."""
     import torch
 
+    from sparse_gpt.allocator import keep_freed_memory
+
+    keep_freed_memory()  # as the Trainer does
     torch.set_num_threads(arm.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(arm.device), getattr(torch, DTYPES[arm.dtype])

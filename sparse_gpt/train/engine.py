@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sparse_gpt.allocator import keep_freed_memory
 from sparse_gpt.config import RunConfig, TimeoutsConfig
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPT, GPTConfig
@@ -28,7 +29,7 @@ def init_ranks(timeout: float | None = None) -> torch.device:
 
     `timeout`: seconds for the others to come, and for each exchange (default: that of
     `TimeoutsConfig`). gloo on CPUs, NCCL on GPUs. On CPUs DeepSpeed's shared-memory operation is
-    left out: it needs a compiler and gains nothing here.
+    left out: it needs a compiler and gains nothing here; and freed memory is kept.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -57,6 +58,7 @@ def init_ranks(timeout: float | None = None) -> torch.device:
             timeout=timedelta(seconds=timeout or TimeoutsConfig().exchange),
         )
     if not on_gpu:
+        keep_freed_memory()
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     torch.cuda.set_device(device)
