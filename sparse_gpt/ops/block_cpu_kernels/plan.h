@@ -11,6 +11,7 @@ constexpr int64_t kPanelSums = 768;      // the same where they are read once: 1
 constexpr int64_t kSlab = 256;           // features packed, or blocks written, at once
 constexpr int64_t kSingleRows = 512;     // whose gradients stay in L2 for a sum over tokens
 constexpr int64_t kNearSums = 160 << 10;  // of gradients, that stay in L2 from some tiles to the next
+constexpr int64_t kNearInputs = 2048;    // features of a range of gradients
 constexpr int64_t kNearWeights = 32 << 10;  // in order, that are written where they are used once
 constexpr int64_t kSumTiles = 4;         // that one sum over tokens runs through
 constexpr int64_t kNearFloats = 1 << 18;  // of tiles that stay in L2 beside sums
@@ -67,19 +68,16 @@ private:
             else
                 at.push_back(half && s.values ? take(s.blocks * s.b_out * s.b_in) : -1);
             at.push_back(half && s.bias ? take(s.rows * s.b_out) : -1);
+            if (s.in_order()) {
+                split_near(s, &s - sums.data());
+                continue;
+            }
             const int64_t rows = std::max<int64_t>(1, ceil_div(s.rows, 8 * threads));
             const size_t made = sum_ranges_.size();
-            const int64_t most = s.single()     ? kSingleRows
-                                 : s.in_order() ? std::max<int64_t>(1, kNearSums / s.a_row())
-                                                : rows;
-            split(s.rows, std::min(rows, most), &s - sums.data(), &sum_ranges_);
-            for (size_t i = made; i < sum_ranges_.size(); ++i) {
-                const Range& r = sum_ranges_[i];
-                if (s.values && s.single()) arrange(nullptr, &s, r, s.order.bands);
-                if (s.in_order() && at_once_)
-                    near_sums_ = std::max(near_sums_, blocks_of(s.order, s.rows, r.first, r.last) *
-                                                          s.b_out * s.b_in);
-            }
+            split(s.rows, s.single() ? std::min(rows, kSingleRows) : rows, &s - sums.data(),
+                  &sum_ranges_);
+            for (size_t i = made; i < sum_ranges_.size(); ++i)
+                if (s.values && s.single()) arrange(nullptr, &s, sum_ranges_[i], s.order.bands);
         }
         for (int i = 0; i < threads; ++i) near_.push_back(take(near_sums_));
         base_ = scratch.floats(floats);
@@ -155,11 +153,24 @@ private:
         for (int i = 0; i < threads; ++i) weights_.push_back(take(near));
     }
 
-    static int64_t blocks_of(const Order& order, int64_t rows, int64_t first, int64_t last) {
-        int64_t count = 0;
-        for (int32_t band = 0; band < order.bands; ++band)
-            count += order.starts[band * rows + last] - order.starts[band * rows + first];
-        return count;
+    // Ranges of rows and bands whose gradients stay in L2, and whose inputs serve many rows.
+    void split_near(const Sum& s, int64_t of) {
+        const int64_t bands = std::max<int64_t>(1, s.order.bands), size = int64_t{s.b_out} * s.b_in;
+        const int64_t wide = std::max<int64_t>(1, kNearInputs / (int64_t{s.order.width} * s.b_in));
+        const int64_t step = ceil_div(bands, ceil_div(bands, wide));
+        const int64_t a_row = std::max<int64_t>(1, s.blocks * size / s.rows * step / bands);
+        const int64_t rows = std::max<int64_t>(1, ceil_div(s.rows, 8 * threads));
+        const int64_t most = std::clamp<int64_t>(kNearSums / a_row, 1, rows);
+        for (int64_t band = 0; band < bands; band += step)
+            for (int64_t first = 0; first < s.rows; first += most) {
+                const Range r{of, first, std::min(s.rows, first + most), static_cast<int32_t>(band),
+                              static_cast<int32_t>(std::min(bands, band + step))};
+                sum_ranges_.push_back(r);
+                int64_t blocks = 0;
+                for (int32_t b = r.first_band; b < r.last_band; ++b)
+                    blocks += s.order.starts[b * s.rows + r.last] - s.order.starts[b * s.rows + first];
+                if (at_once_) near_sums_ = std::max(near_sums_, blocks * size);
+            }
     }
 
     bool single() const { return !values.empty() && values[0].single(); }
@@ -317,17 +328,17 @@ private:
                 const Packing& x = packings[s.x];
                 const Tiles<const float> right{base_ + x.at + tile * x.step(), x.step()};
                 const Gradient g{s.order, s.rows, s.b_out, s.b_in, left, right, tiles,
-                                 s.value_sums, in_order, add};
+                                 s.value_sums, in_order, add, r.first_band, r.last_band};
                 if (s.single())
                     single_gradient(s.singles(), r.first, r.last, tiles, left, right, add);
                 else
                     add_gradient<Lane>(g, r.first, r.last);
             }
-            if (s.bias)
+            if (s.bias && r.first_band == 0)
                 (s.panels() ? sum_panels<Lane> : sum_tokens<Lane>)(
                     left, tiles, r.first * s.b_out, r.last * s.b_out, add, s.bias_sums);
         }
-        if (s.in_order() && at_once_) s.put(in_order, r.first, r.last, half);
+        if (s.in_order() && at_once_) s.put(in_order, r, half);
     }
 
     // Where it is to go, what a range of block rows has come to; of slots a share by position.
@@ -338,10 +349,10 @@ private:
         };
         const int64_t numbers = s.blocks * s.b_out * s.b_in;
         if (s.in_order()) {
-            if (!at_once_) s.put({s.value_sums, false}, r.first, r.last, half);
+            if (!at_once_) s.put({s.value_sums, false}, r, half);
         } else if (half && s.values && !s.single())
             round(s.value_sums, s.values, numbers * r.first / s.rows, numbers * r.last / s.rows);
-        if (half && s.bias) round(s.bias_sums, s.bias, r.first * s.b_out, r.last * s.b_out);
+        if (half && s.bias && r.first_band == 0) round(s.bias_sums, s.bias, r.first * s.b_out, r.last * s.b_out);
     }
 
     int64_t tiles_ = 0;  // of a part

@@ -8,16 +8,16 @@
 #include "pack.h"
 #include "singles.h"
 
-// Sums of blocks in their order: of all blocks, or of some rows' alone, band after band.
+// Sums of blocks in their order: of all blocks, or of some rows and bands alone, band after band.
 struct InOrder {
     float* data;
-    bool rows_alone;
+    bool alone;
 
-    // Where those of rows first .. last of a band begin; of rows alone bands are asked for in turn.
+    // Where those of rows first .. last of a band begin; if alone, bands are asked for in turn.
     float* band(const Order& order, int64_t rows, int32_t band, int64_t first, int64_t last,
                 int64_t size) {
         const int32_t* starts = order.starts + band * rows;
-        if (!rows_alone) return data + starts[first] * size;
+        if (!alone) return data + starts[first] * size;
         float* begin = data;
         data += (starts[last] - starts[first]) * size;
         return begin;
@@ -34,6 +34,7 @@ struct Gradient {
     float* values;  // [blocks][outputs][inputs], by slot, or
     InOrder sums;   // of quads and panels
     bool add;       // to what is there
+    int32_t first_band, last_band;  // that are gone through; of quads and panels
 };
 
 // Where a sum goes, a slot, is fetched before it is made: slots are anywhere in memory.
@@ -86,7 +87,7 @@ static void outer_rows_as(const Gradient& g, int64_t first, int64_t last) {
     constexpr int R = kLanes == 16 ? 16 / P : 4;
     const int64_t size = static_cast<int64_t>(g.outputs) * g.inputs;
     InOrder sums = g.sums;
-    for (int32_t band = 0; band < g.order.bands; ++band) {
+    for (int32_t band = g.first_band; band < g.last_band; ++band) {
         float* to = sums.band(g.order, g.rows, band, first, last, size);
         for (int64_t row = first; row < last; ++row) {
             const int32_t* starts = g.order.starts + band * g.rows + row;
@@ -183,7 +184,7 @@ static void quad_rows_as(const Gradient& g, int64_t first, int64_t last) {
     const int64_t size = static_cast<int64_t>(outputs) * inputs;
     const int32_t* columns = g.order.columns;
     InOrder sums = g.sums;
-    for (int32_t band = 0; band < g.order.bands; ++band) {
+    for (int32_t band = g.first_band; band < g.last_band; ++band) {
         float* to = sums.band(g.order, g.rows, band, first, last, size);
         for (int64_t row = first; row < last; ++row) {
             const int32_t* starts = g.order.starts + band * g.rows + row;

@@ -153,6 +153,12 @@ struct Packing {
     }
 };
 
+// Something first .. last of one of several things; of gradients' rows, some bands.
+struct Range {
+    int64_t of, first, last;
+    int32_t first_band = 0, last_band = 0;
+};
+
 // One weight in a sum: tiles of `packing` times `values`.
 struct Term {
     int packing, values;  // their numbers
@@ -206,16 +212,15 @@ struct Sum {
     bool quads() const { return by_quad(b_out, b_in, pairs); }
     // Whether sums lie in the order of blocks until all tokens are in them, not by slot.
     bool in_order() const { return values && (quads() || panels()); }
-    int64_t a_row() const { return std::max<int64_t>(1, blocks * b_out * b_in / std::max<int64_t>(1, rows)); }
     Singles singles() const { return {order, rows, blocks, value_sums}; }
 
-    // What block rows first .. last have come to in `sums`, to their slots.
-    void put(InOrder sums, int64_t first, int64_t last, bool half) const {
+    // What a range has come to in `sums`, to its slots.
+    void put(InOrder sums, const Range& r, bool half) const {
         const int64_t size = static_cast<int64_t>(b_out) * b_in, bytes = half ? 2 : 4;
-        for (int32_t band = 0; band < order.bands; ++band) {
+        for (int32_t band = r.first_band; band < r.last_band; ++band) {
             const int32_t* starts = order.starts + band * rows;
-            const float* from = sums.band(order, rows, band, first, last, size);
-            for (int64_t b = starts[first]; b < starts[last]; ++b, from += size) {
+            const float* from = sums.band(order, rows, band, r.first, r.last, size);
+            for (int64_t b = starts[r.first]; b < starts[r.last]; ++b, from += size) {
                 const int64_t next = order.slots[std::min(b + kSlotsAhead, blocks - 1)] * size;
                 for (int64_t i = 0; i < std::min<int64_t>(size * bytes, 1024); i += 64)
                     __builtin_prefetch(static_cast<const char*>(values) + next * bytes + i, 1);
@@ -233,11 +238,6 @@ struct Arrangement {
     const Sum* sum;
     int64_t first, last;
     int32_t band;
-};
-
-// Something first .. last of one of several things.
-struct Range {
-    int64_t of, first, last;
 };
 
 // What is worked on at once: as many tiles as scratch memory takes.
