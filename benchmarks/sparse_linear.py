@@ -118,7 +118,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--threads", type=int, nargs="+")
     parser.add_argument("--tokens", type=int, help="default: 2048; XL 1024, 6.7B 256")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/sparse_linear.json")
@@ -400,6 +400,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         len(panels), 1, figsize=(9, 2.6 * len(panels)), squeeze=False, sharex=True
     )
     blocks = [block for block in BLOCKS if any(row["block"] == block for row in rows)]
+    over = "ratio" if torch.cuda.is_available() or has_bf16() else "ratio_over_fp32"
     for axis, (dtype, threads) in zip(axes[:, 0], panels, strict=True):
         for i, sparsity in enumerate(SPARSITIES):
             some = {
@@ -409,13 +410,14 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
             }
             at = [blocks.index(block) + 0.27 * (i - 1) for block in some if block in blocks]
             shown = [some[block] for block in some if block in blocks]
-            axis.bar(at, [r["ratio_over_fp32"] for r in shown], 0.25, label=f"{sparsity:.0%}")
+            axis.bar(at, [r[over] for r in shown], 0.25, label=f"{sparsity:.0%}")
             for place, row in zip(at, shown, strict=True):
                 if row["target"] is not None:
                     axis.hlines(row["target"], place - 0.13, place + 0.13, "black")
         axis.axhline(1, color="grey", linewidth=0.8)
         axis.set_xticks(range(len(blocks)), blocks)
-        axis.set_ylabel(f"{dtype}, {threads} thr.\ntime / dense fp32")
+        base = dtype if over == "ratio" else "fp32"
+        axis.set_ylabel(f"{dtype}, {threads} thr.\ntime / dense {base}")
     axes[0, 0].legend(title="sparsity", ncols=3, fontsize=8)
     axes[0, 0].set_title("forward + dX + dW over the iso-FLOP dense layer; lines: targets")
     figure.tight_layout()

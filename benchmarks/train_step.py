@@ -38,6 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.sparse_linear import has_bf16  # noqa: E402
 from benchmarks.step_arms import UPDATE_STEP, VOCABULARY, Arm  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {
@@ -91,7 +92,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--masked", type=float, nargs="+", default=[0.75], help="sparsities of masked steps"
     )
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["fp32"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        default=["bf16" if has_bf16() else "fp32"],
+        help="default: bf16 where the CPU computes in it",
+    )
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
     parser.add_argument("--block", type=int, nargs=2, default=[16, 16])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
