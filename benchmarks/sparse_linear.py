@@ -51,6 +51,7 @@ TARGETS = {
     "64x64": {0.5: 1.05, 0.75: 1.2, 0.9: 1.5},
     "1x1": {0.5: 2.0, 0.75: 2.1, 0.9: 2.7},
 }
+WARM_UP = 4  # rounds
 PEERS_AT = 0.75  # sparsity of torch's CSR and BSR: they take seconds
 PASSES = ("forward", "dx", "dw")
 
@@ -270,7 +271,9 @@ def measure(args: argparse.Namespace, case: Case, bases: dict[str, Dense]) -> di
     layout = BlockLayout((d_out, d_in), (b_out, b_in), slots.to(device))
     layer = Sparse(kernel, layout, (args.tokens or TOKENS[case.shape]), dtype, device)
     scale = count * b_out * b_in / (base.shape[0] * base.shape[1])
-    layer.run()
+    for _ in range(WARM_UP):  # until what both free is what they get again
+        for run in (layer.run, *(dense.run for dense in bases.values())):
+            run()
     spent = []
     for _ in range(args.repeats):
         spent.append((layer.run(), {key: dense.run() for key, dense in bases.items()}))
