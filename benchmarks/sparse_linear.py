@@ -68,7 +68,8 @@ class Case:
 def main() -> int:
     args = arguments()
     device, until = torch.device(args.device), time.monotonic() + args.seconds
-    keep_freed_memory()  # as training on CPUs does
+    if device.type == "cpu":
+        keep_freed_memory()  # as training does
     rows: list[dict[str, Any]] = []
     left: list[Case] = []
     dense: dict[tuple[str, str, int], Dense] = {}
@@ -104,7 +105,7 @@ def main() -> int:
         print(f"{len(left)} cases not measured: {args.seconds} s are over")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n")
-    plot(rows, args.out.with_suffix(".png"))
+    plot(rows, args.out.with_suffix(".png"), device.type == "cpu" and not has_bf16())
     print(f"written to {args.out} and {args.out.with_suffix('.png')}")
     return 0
 
@@ -193,7 +194,8 @@ class Dense:
         if linear is not None:  # torch's own products in fp32 are MKL's, whatever is allowed
             ways["forward"]["W [out, in], linear"] = lambda: linear(x, weight)
             ways["dx"]["W [in, out], linear"] = lambda: linear(dy, turned)
-            ways["dw"]["dW [out, in], linear"] = lambda: linear(
+            ways["dw"]["dW [out, in], linear"] = lambda: linear(dy.t(), x.t())
+            ways["dw"]["dW [out, in], linear of copies"] = lambda: linear(
                 dy.t().contiguous(), x.t().contiguous()
             )
         self.best: dict[str, tuple[bool, Callable[[], Tensor]]] = {}
@@ -201,8 +203,11 @@ class Dense:
         for name, some in ways.items():
             found = []
             for one_dnn, (way, product) in itertools.product((True, False), some.items()):
-                if linear is not None and one_dnn != ("linear" in way):
+                if "linear" in way and not one_dnn:
                     continue
+                if linear is not None and one_dnn and "linear" not in way and mkl():
+                    continue
+                self.timed(one_dnn, product)
                 seconds = self.timed(one_dnn, product)
                 if not found or seconds < 3 * min(f[0] for f in found):
                     seconds = min(seconds, *(self.timed(one_dnn, product) for _ in range(2)))
@@ -222,6 +227,11 @@ class Dense:
         for name, seconds in spent.items():
             self.seconds[name].append(seconds)
         return spent
+
+
+def mkl() -> bool:
+    """Whether torch's products in fp32 are MKL's, oneDNN or not."""
+    return torch.backends.mkl.is_available()
 
 
 def one_dnn_linear() -> Callable[[Tensor, Tensor], Tensor] | None:
@@ -286,8 +296,10 @@ def measure(args: argparse.Namespace, case: Case, bases: dict[str, Dense]) -> di
     target = TARGETS.get(case.block, {}).get(case.sparsity)
     # Against dense bf16 that is emulated, every kernel would win.
     emulated = device.type == "cpu" and not has_bf16()
-    if device.type == "cpu" and case.dtype != ("fp32" if case.block == "1x1" else "bf16"):
-        target = target if emulated and case.block != "1x1" else None
+    if case.block == "1x1":
+        target = target if case.dtype == "fp32" else None
+    elif device.type == "cpu" and case.dtype != "bf16" and not emulated:
+        target = None
     judged = ratios["fp32" if emulated else case.dtype]
     return {
         "kernel": name, "wide": [d_in, d_out], "tokens": args.tokens or TOKENS[case.shape],
@@ -388,7 +400,7 @@ def line(row: dict[str, Any]) -> str:
     )
 
 
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
+def plot(rows: list[dict[str, Any]], path: Path, emulated: bool) -> None:
     """Of Small, a panel for each dtype and number of threads: ratios by block and sparsity."""
     import matplotlib
 
@@ -403,7 +415,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         len(panels), 1, figsize=(9, 2.6 * len(panels)), squeeze=False, sharex=True
     )
     blocks = [block for block in BLOCKS if any(row["block"] == block for row in rows)]
-    over = "ratio" if torch.cuda.is_available() or has_bf16() else "ratio_over_fp32"
+    over = "ratio_over_fp32" if emulated else "ratio"  # dense bf16 that is emulated is slow
     for axis, (dtype, threads) in zip(axes[:, 0], panels, strict=True):
         for i, sparsity in enumerate(SPARSITIES):
             some = {

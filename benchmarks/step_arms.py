@@ -32,6 +32,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "20b": {"n_layer": 44, "n_head": 64, "d_model": 6144, "d_ff": 24576},
     "tiny": {"n_layer": 1, "n_head": 2, "d_model": 32, "d_ff": 128},
 }
+WARM_UP = 4  # passes of blocks and prompts, until what they free is what they get again
 UPDATE_STEP = 3  # of the Trainer's steps, the one that moves the topology
 
 
@@ -267,7 +268,8 @@ def serve_blocks(arm: Arm) -> None:
 
     from sparse_gpt.allocator import keep_freed_memory
 
-    keep_freed_memory()  # as the Trainer does
+    if arm.device == "cpu":
+        keep_freed_memory()  # as the Trainer does
     torch.set_num_threads(arm.threads)
     torch.manual_seed(0)
     device, dtype = torch.device(arm.device), getattr(torch, DTYPES[arm.dtype])
@@ -275,6 +277,8 @@ def serve_blocks(arm: Arm) -> None:
     with torch.device(device):
         model, run = (train_block if arm.kind == "block" else prefill)(arm, solved, dtype)
     orders = Orders(arm, model, asdict(solved))
+    for _ in range(WARM_UP):
+        run()
     with contextlib.suppress(Ended):
         while True:
             run()

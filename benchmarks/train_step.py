@@ -96,8 +96,7 @@ def arguments() -> argparse.Namespace:
         "--dtypes",
         nargs="+",
         choices=("fp32", "bf16"),
-        default=["bf16" if has_bf16() else "fp32"],
-        help="default: bf16 where the CPU computes in it",
+        help="default: bf16 on GPUs and on CPUs that compute in it, else fp32",
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[os.cpu_count() or 1])
     parser.add_argument("--block", type=int, nargs=2, default=[16, 16])
@@ -121,7 +120,9 @@ def arguments() -> argparse.Namespace:
         "--add", action="store_true", help="keep what --out holds of other cases, dtypes, threads"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/train_step.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.dtypes = args.dtypes or ["bf16" if args.device == "cuda" or has_bf16() else "fp32"]
+    return args
 
 
 def dense_arm(args: argparse.Namespace, case: str, dtype: str, threads: int, folder: str) -> Arm:
@@ -315,7 +316,7 @@ def setting(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "torch": torch.__version__, "gpu": gpu, "cores": os.cpu_count(),
         "cpu": next((line.split(":")[1].strip() for line in lines if "model name" in line), None),
-        "bf16_arithmetic": bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()),
+        "bf16_arithmetic": args.device == "cuda" or has_bf16(),
         "iso_flop_of_steps": args.iso_flop, "algorithm": args.algorithm,
         "rounds": args.rounds, "update_step": UPDATE_STEP,
         "baseline": "the same code with dense layers of the base model, in the same dtype",

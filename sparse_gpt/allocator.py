@@ -3,7 +3,7 @@
 import ctypes
 import os
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
 _OWN_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
@@ -12,8 +12,9 @@ def keep_freed_memory() -> bool:
 
     glibc gives blocks of over 32 MB back to the system when they are freed. A step allocates them
     anew, and the system clears each of their pages at its first use: a third of the time of a
-    GPT-3 Small's step on two CPU cores, whose logits and activations are such blocks. Memory that
-    is kept this way is at most what the process had at its peak.
+    GPT-3 Small's step on two CPU cores, whose logits and activations are such blocks. The process
+    then stays as large as it was at its peak, or somewhat larger where free blocks lie between
+    others.
 
     Settings in the environment are left alone, and so are C libraries that are not glibc.
     """
@@ -22,4 +23,4 @@ def keep_freed_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return bool(mallopt(_MMAP_THRESHOLD, 1 << 30) and mallopt(_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, -1))

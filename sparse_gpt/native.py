@@ -89,7 +89,7 @@ def _headers(source: Path) -> list[Path]:
 def _compile(cxx: Path, source: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         made = Path(folder) / target.name
-        command = [str(cxx), *FLAGS, "-o", str(made), str(source)]
+        command = [str(cxx), *FLAGS, "-o", str(made), str(source), "-ldl"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS)
         except subprocess.TimeoutExpired as error:

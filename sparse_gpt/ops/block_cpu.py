@@ -6,6 +6,7 @@ fp32, and results do not depend on the number of threads, which is torch's.
 
 import ctypes
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from ctypes import c_int32, c_int64, c_void_p
@@ -27,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _ACTIVATIONS = {None: 0, "gelu": 1, "gelu_new": 2}  # Activation of gelu.h
 _APPROXIMATE = {"gelu": "none", "gelu_new": "tanh"}
 
-# Features that a pass goes through at once. Where an input serves fewer than four outputs, so many
+# Features that a pass goes through at once. Where an input serves at most four outputs, so many
 # stay in the first cache; of others, in the second, and fewer of sums over more tokens.
 _NARROW_BAND, _WIDE_BAND = 128, 1024
 _PANEL_BAND, _DOT_BAND, _QUAD_BAND = 512, 256, 64  # quads in the first cache, too
@@ -254,7 +255,7 @@ def _order(layout: BlockLayout, transposed: bool, features: int) -> _Order:
     return _Order(starts.data_ptr(), columns.data_ptr(), slots.data_ptr(), bands, band)
 
 
-# A block and an activation for each way through the kernel.
+# Blocks and an activation for each kind of product and gradient.
 _CHECKED = (
     ((1, 1), "gelu"), ((4, 4), "gelu_new"), ((16, 16), "gelu"), ((32, 32), None),
     ((2, 8), "gelu_new"), ((16, 1), None), ((1, 4), None),
@@ -269,11 +270,12 @@ def _checked(dtype: torch.dtype) -> bool:
     def random(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator).to(dtype)
 
-    for block, activation in _CHECKED:
+    for (block, activation), tokens in itertools.product(_CHECKED, (40, 300)):
         grid = (96 // block[0], 64 // block[1])
         slots = torch.randperm(grid[0] * grid[1], generator=generator)[: grid[0] * grid[1] // 2]
         layout = BlockLayout((96, 64), block, slots)
-        values, bias, x, dy = random(len(slots), *block), random(96), random(70, 64), random(70, 96)
+        values, bias = random(len(slots), *block), random(96)
+        x, dy = random(tokens, 64), random(tokens, 96)
         results = []
         for kernel, cast_to in ((sparse_linears, dtype), (compact.sparse_linears, torch.float64)):
             leaves = [t.to(cast_to).requires_grad_() for t in (x, values, bias)]

@@ -197,7 +197,7 @@ static inline void transpose(const float* in, int64_t from, float* out, int64_t 
     }
 #else
     for (int c = 0; c < 16; ++c)
-        for (int r = 0; r < 16; ++r) out[c * to + r] = in[r * from + c];
+        for (int r = 0; r < 16; ++r) std::memcpy(out + c * to + r, in + r * from + c, 4);
 #endif
 }
 

@@ -13,7 +13,6 @@ constexpr int64_t kSingleRows = 512;     // whose gradients stay in L2 for a sum
 constexpr int64_t kNearSums = 160 << 10;  // of gradients, that stay in L2 from some tiles to the next
 constexpr int64_t kNearInputs = 2048;    // features of a range of gradients
 constexpr int64_t kNearWeights = 32 << 10;  // in order, that are written where they are used once
-constexpr int64_t kSumTiles = 4;         // that one sum over tokens runs through
 constexpr int64_t kNearFloats = 1 << 18;  // of tiles that stay in L2 beside sums
 constexpr int64_t kTilesAtOnce = 4;      // that a weight meets when it comes by
 constexpr int64_t kPartFloats = 4 << 20;  // that packed tiles may take, if kSumTiles fit
@@ -49,7 +48,7 @@ private:
             return at;
         };
         for (const Packing& p : packings) step += p.step();
-        tiles_ = std::min(tiles, std::max(kSumTiles, kPartFloats / std::max<int64_t>(1, step)));
+        tiles_ = std::min(tiles, std::max<int64_t>(kSumTiles, kPartFloats / std::max<int64_t>(1, step)));
         tiles_ = std::min(tiles, round_up(tiles_, kSumTiles));
         for (Packing& p : packings) {
             p.at = take(tiles_ * p.step());
@@ -318,9 +317,8 @@ private:
         const Sum& s = sums[r.of];
         const Packing& dy = packings[s.dy];
         const InOrder in_order{s.value_sums ? s.value_sums : base_ + near_[thread], !s.value_sums};
-        const int64_t once = s.quads() ? int64_t{kQuadTiles} : kSumTiles;
-        for (int64_t tile = 0; tile < part.tiles; tile += once) {
-            const int64_t tiles = std::min(once, part.tiles - tile);
+        for (int64_t tile = 0; tile < part.tiles; tile += kSumTiles) {
+            const int64_t tiles = std::min<int64_t>(kSumTiles, part.tiles - tile);
             const bool add = part.start + tile > 0;
             const Tiles<const float> left{base_ + dy.at + dy.before_tokens() + tile * dy.step(),
                                           dy.step()};

@@ -37,13 +37,6 @@ struct Gradient {
     int32_t first_band, last_band;  // that are gone through; of quads and panels
 };
 
-// Where a sum goes, a slot, is fetched before it is made: slots are anywhere in memory.
-
-// Four floats at `to`, or their sum with what is there.
-static inline void put_four(const float* sums, bool add, float* to) {
-    for (int i = 0; i < 4; ++i) to[i] = add ? to[i] + sums[i] : sums[i];
-}
-
 // R outputs x P * 16 inputs of a block, `to` between whose rows lie `inputs` values.
 template <typename Lane, int R, int P>
 static inline void outer_products(const Gradient& g, const float* dy, const float* x, float* to) {
@@ -173,7 +166,7 @@ static inline void dot_quad(const Gradient& g, const float* dy, const float* x, 
     sum_lanes(acc, g.add, sums);
 }
 
-constexpr int kQuadTiles = 4;  // whose inputs stay in L1
+constexpr int kSumTiles = 4;  // that one sum over tokens runs through: inputs stay in L1
 
 // Block rows first .. last of all bands, of blocks of multiples of 4: 4 x 4 sums at once, which lie
 // in order, as [outputs / 4][inputs / 4][4][4] a block. B is the blocks' side, or 0 for any.
@@ -206,8 +199,8 @@ static void quad_rows(const Gradient& g, int64_t first, int64_t last) {
     const auto rows = [&](auto of_four, auto of_any) {
         (g.outputs == 4 && g.inputs == 4 ? of_four : of_any)(g, first, last);
     };
-    if (g.tiles == kQuadTiles)
-        rows(quad_rows_as<Lane, 4, kQuadTiles>, quad_rows_as<Lane, 0, kQuadTiles>);
+    if (g.tiles == kSumTiles)
+        rows(quad_rows_as<Lane, 4, kSumTiles>, quad_rows_as<Lane, 0, kSumTiles>);
     else
         rows(quad_rows_as<Lane, 4, 0>, quad_rows_as<Lane, 0, 0>);
 }

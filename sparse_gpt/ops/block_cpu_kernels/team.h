@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <dlfcn.h>
+#include <pthread.h>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -18,7 +19,7 @@ public:
     static void run(int threads, Body body) {
         static const OpenMP openmp;
         Team team;
-        if (threads > 1 && openmp.parallel) {
+        if (threads > 1 && openmp.parallel && !OpenMP::forked) {
             Call<Body> call{&team, &body, &openmp};
             openmp.parallel(Call<Body>::run, &call, static_cast<unsigned>(threads), 0);
             return;
@@ -51,16 +52,22 @@ private:
         int (*thread)();
         int (*threads)();
 
+        static inline std::atomic<bool> forked{false};  // its threads did not come along
+
         OpenMP() {
-            find("GOMP_parallel", &parallel);
-            find("omp_get_thread_num", &thread);
-            find("omp_get_num_threads", &threads);
-            if (!thread || !threads) parallel = nullptr;
+            const void* library = find("GOMP_parallel", &parallel);
+            const bool one = library && find("omp_get_thread_num", &thread) == library &&
+                             find("omp_get_num_threads", &threads) == library;
+            if (!one || pthread_atfork(nullptr, nullptr, [] { forked = true; })) parallel = nullptr;
         }
 
+        // The library that a function is from, or null.
         template <typename Function>
-        static void find(const char* name, Function* function) {
-            *function = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, name));
+        static const void* find(const char* name, Function* function) {
+            void* found = dlsym(RTLD_DEFAULT, name);
+            *function = reinterpret_cast<Function>(found);
+            Dl_info info;
+            return found && dladdr(found, &info) ? info.dli_fbase : nullptr;
         }
     };
 
