@@ -1,5 +1,6 @@
 """Peak memory of a piece of code beyond what was there before: tensors and numpy arrays."""
 
+import time
 import tracemalloc
 import weakref
 from typing import Any
@@ -56,6 +57,9 @@ class PeakMemory(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.peak = self._tensors + tracemalloc.get_traced_memory()[1]
+        # A thread of gloo that waits for the interpreter within an allocation would find what stop()
+        # has freed (CPython gh-128679): let it finish.
+        time.sleep(0.05)
         tracemalloc.stop()
         if torch.cuda.is_available():
             self.peak = max(self.peak, torch.cuda.max_memory_allocated() - self._cuda)
