@@ -57,8 +57,8 @@ class PeakMemory(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         self.peak = self._tensors + tracemalloc.get_traced_memory()[1]
-        # A thread of gloo that waits for the interpreter within an allocation would find what stop()
-        # has freed (CPython gh-128679): let it finish.
+        # A thread of gloo that waits for the interpreter within an allocation would find what
+        # stop() has freed (CPython gh-128679): let it finish.
         time.sleep(0.05)
         tracemalloc.stop()
         if torch.cuda.is_available():
