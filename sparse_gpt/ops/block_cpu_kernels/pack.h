@@ -141,7 +141,7 @@ static inline void read_halves(const Matrix& m, int64_t token, int64_t tokens, i
 
 // How pairs lie in a tile. Sums over features take pairs of features: lanes [features / 2][64], or
 // panels [features / 16][64][8]. Sums over tokens take pairs of tokens: lanes [features][32], panels
-// [features / 16][32][16], or quads [2][features / 4][16][4], which halve a tile's tokens.
+// [features / 16][32][16].
 enum PairLayout : int32_t { kNoPairs, kLaneOrder, kPanelOrder };
 
 // 32 tokens x 32 features of bf16 whose rows are `stride` numbers apart, of which `count` features

@@ -50,6 +50,7 @@ private:
         for (const Packing& p : packings) step += p.step();
         tiles_ = std::min(tiles, std::max<int64_t>(kSumTiles, kPartFloats / std::max<int64_t>(1, step)));
         tiles_ = std::min(tiles, round_up(tiles_, kSumTiles));
+        at_once_ = tiles_ == tiles;
         for (Packing& p : packings) {
             p.at = take(tiles_ * p.step());
             split(p.features, kSlab, &p - packings.data(), &packs_);
@@ -58,7 +59,6 @@ private:
         lay_out_weights(take);
         for (int i = 0; i < threads; ++i) held_.push_back(take(range_floats_));
         std::vector<int64_t> at;
-        at_once_ = tiles_ == tiles;
         for (Sum& s : sums) {
             if (s.values && s.single())
                 at.push_back(take(Singles::floats(s.rows, s.blocks, s.order.bands)));
@@ -132,8 +132,7 @@ private:
     // needed.
     template <typename Take>
     void lay_out_weights(Take take) {
-        const int64_t tiles = ceil_div(tokens, kTile);
-        as_needed_ = !single() && tiles_ == tiles && panel_ >= tiles;
+        as_needed_ = !single() && at_once_ && panel_ >= tiles_;
         int64_t near = as_needed_ && !values.empty() ? kNearWeights : 0;
         for (Values& v : values) {
             if (!as_needed_) v.at = take(v.floats());
