@@ -3,6 +3,7 @@
     python eval/leaderboard.py FOLDER [NAME=FOLDER ...] [--data MIRROR] [--shots zero] [--limit 20]
     python eval/leaderboard.py --write-tasks DIR --data MIRROR
 
+FOLDER is a model folder, or that of a run of ours, whose newest checkpoint is exported below --out.
 A run that was stopped goes on where it was when the same command is given again: see
 `run_folder.py`. Result files and their schema: see `report.py`.
 """
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval import leaderboard_tasks, report, settings
 from eval.environment import prepare_environment
 from eval.leaderboard_run import evaluate_folders
-from eval.model_folder import open_folders
+from eval.model_folder import exported, open_folders
 from sparse_gpt.errors import UserError, run_main
 
 SCORERS = ("auto", "shared", "stock")
@@ -36,7 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Score exported models on the Open LLM Leaderboard's five tasks."
     )
     add = parser.add_argument
-    add("folders", nargs="*", metavar="FOLDER", help="model folder, or NAME=FOLDER")
+    add("folders", nargs="*", metavar="FOLDER", help="model or run folder, or NAME=FOLDER")
     add("--data", type=Path, metavar="DIR", help="mirror of the data sets; default: the Hub")
     add("--shots", choices=leaderboard_tasks.SHOTS, default="leaderboard")
     add("--tasks", nargs="+", metavar="TASK", help=", ".join(leaderboard_tasks.TASKS))
@@ -67,8 +68,9 @@ def main(argv: list[str] | None = None) -> None:
     mirror = leaderboard_tasks.check_mirror(options.data, tasks) if options.data else None
     if options.write_tasks is None and not options.folders:
         raise UserError("give at least one model folder (or --write-tasks DIR)")
-    folders = open_folders(options.folders) if options.folders else []
-    prepare_environment(offline=mirror is not None)
+    prepare_environment(offline=mirror is not None)  # before anything reads it
+    given = [exported(text, options.out) for text in options.folders]
+    folders = open_folders(given) if given else []
     if options.write_tasks is not None:
         for path in leaderboard_tasks.write_tasks(
             options.write_tasks, tasks, options.shots, mirror

@@ -1,6 +1,6 @@
 """A Hugging Face model folder: what must be in it, and what a result records about it.
 
-Nothing here imports torch or transformers, so bad input is refused before anything is loaded.
+Nothing here but `exported` imports torch, so bad input is refused before anything is loaded.
 """
 
 import hashlib
@@ -58,13 +58,7 @@ def open_folders(arguments: list[str]) -> list[ModelFolder]:
     Raises `UserError` for a folder without config.json, weights in safetensors or a tokenizer,
     and for two folders of one name.
     """
-    named: list[tuple[str | None, Path]] = []
-    for argument in arguments:
-        name, separator, rest = argument.partition("=")
-        if separator and name and not Path(argument).exists():
-            named.append((name, Path(rest)))
-        else:
-            named.append((None, Path(argument)))
+    named = [_split(argument) for argument in arguments]
     configs = [_check(path) for _, path in named]
     paths = [path.resolve() for _, path in named]
     if len(set(paths)) != len(paths):
@@ -78,6 +72,30 @@ def open_folders(arguments: list[str]) -> list[ModelFolder]:
         if files.count(file) > 1:
             raise UserError(f"two model folders are named {file!r}: name them as NAME=FOLDER")
     return folders
+
+
+def exported(argument: str, out: Path) -> str:
+    """The same for a run's folder: its newest checkpoint, exported to `out/<name>.hf`.
+
+    Anything else is given back as it is. Raises `UserError` for a broken checkpoint.
+    """
+    name, path = _split(argument)
+    if not (path / "checkpoints").is_dir():
+        return argument
+    from sparse_gpt.hf.checkpoint import export_checkpoint
+
+    name = name or path.resolve().name
+    folder = out / f"{name}.hf"
+    export_checkpoint(path, folder, "float32", overwrite=True)
+    return f"{name}={folder}"
+
+
+def _split(argument: str) -> tuple[str | None, Path]:
+    """`NAME=FOLDER`, or `FOLDER` alone."""
+    name, separator, rest = argument.partition("=")
+    if separator and name and not Path(argument).exists():
+        return name, Path(rest)
+    return None, Path(argument)
 
 
 def check_tokenizer(folder: ModelFolder, tokenizer: Any) -> None:

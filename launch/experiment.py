@@ -38,7 +38,7 @@ def main() -> int:
     from sparse_gpt.experiment.run import RESULTS, WORK, remake_page, run_experiment
 
     if args.page:
-        remake_page(args.experiment, overrides, args.results or RESULTS)
+        remake_page(args.experiment, overrides, args.work or WORK, args.results or RESULTS)
         return 0
     return run_experiment(
         args.experiment,

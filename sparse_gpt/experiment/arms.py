@@ -36,7 +36,7 @@ class Arm:
     label: str
     stage: str
     mode: str = ""
-    group: str = MAIN  # arms of other groups are shown apart and not compared
+    group: str = MAIN  # arms shown together
     planned: tuple[int, ...] = ()
     runs: dict[int, Record] = field(default_factory=dict)
     pretrained: Record | None = None
@@ -170,17 +170,19 @@ def comparisons(results: Results) -> list[Comparison]:
     fine-tuning of each arm.
     """
     found: list[Comparison] = []
-    main = {arm.name: arm for arm in arms(results, "pretrain") if arm.group == MAIN}
+    trained = {arm.name: arm for arm in arms(results, "pretrain")}
+    main = {name: arm for name, arm in trained.items() if arm.group == MAIN}
     base = baseline_name(results)
     wanted = results.about.compare
     if wanted is None:
         wanted = [(name, base) for name in main if base is not None and name != base]
         matched = ((str((arm.any.match or {}).get("arm")), name) for name, arm in main.items())
         wanted += [(given, name) for given, name in matched if given in main]
-    split = _split(list(main.values()))
     for name, other in wanted:
-        if name in main and other in main:
-            found += _compare(main[name], main[other], split)
+        if name in trained and other in trained:
+            groups = {trained[name].group, trained[other].group}
+            beside = [arm for arm in trained.values() if arm.group in groups]
+            found += _compare(trained[name], trained[other], _split(beside))
     tuned = {(a.name, a.mode): a for a in arms(results, "finetune") if a.group == MAIN}
     split = _split(list(tuned.values()))
     for (name, mode), arm in tuned.items():

@@ -58,11 +58,6 @@ def _missing(results: Results) -> list[str]:
             f"{len(results.missing)} of {len(results.plan or [])} planned runs have no record: "
             f"{names}."
         )
-    if results.plan is not None:
-        planned = {run.run for run in results.plan}
-        extra = [record.run for record in results.records if record.run not in planned]
-        if extra:
-            found.append(f"Not in the plan (an earlier configuration's?): {_some(extra)}.")
     base = baseline_name(results)
     if results.records and base not in {record.arm for record in results.records}:
         found.append(f"The baseline {base} has no record, so nothing is compared with it.")

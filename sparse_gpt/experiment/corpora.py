@@ -1,6 +1,7 @@
 """The data of an experiment: where it lies, and making it where it is not there."""
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -8,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from sparse_gpt.data import corpus as documents
+from sparse_gpt.data import text_files
 from sparse_gpt.data.holdout import HoldoutRule
 from sparse_gpt.data.megatron import is_megatron
 from sparse_gpt.data.prepare import PrepareOptions, prepare
 from sparse_gpt.data.shards import TokenData, open_data
 from sparse_gpt.data.tokenizer_training import KINDS
-from sparse_gpt.durable import write_text
+from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.spec import Corpus, Experiment
 
-STAMP = "corpus.sha256"  # beside a prepared folder: which settings made it
+STAMP = "corpus.json"  # beside a prepared folder: the settings and the files that made it
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,17 @@ class Corpora:
         return own if own is not None else self.work / "data" / name
 
     def opened(self, name: str) -> TokenData | None:
-        """The data; None where it is not there, or was made with other settings."""
+        """The data; None where it is not there, or was made with other settings or of other files.
+
+        Where its files are not to be found now, it is taken as it was made.
+        """
         path = self.path(name)
         if self.experiment.data[name].path is None:
-            stamp = path.with_name(f"{name}.{STAMP}")
-            made_by = stamp.read_text(encoding="utf-8") if stamp.is_file() else None
-            if made_by != self.settings_sha256(name) or not path.exists():
+            made = _read_stamp(path.with_name(f"{name}.{STAMP}"))
+            if made.get("settings") != self.settings_sha256(name) or not path.exists():
+                return None
+            files = self._files_sha256(name)
+            if files is not None and files != made.get("files"):
                 return None
         elif not (path.exists() or is_megatron(path)):
             return None
@@ -69,6 +76,32 @@ class Corpora:
         of = self.settings_sha256(parent) if parent is not None else ""
         return hashlib.sha256((settings + of).encode()).hexdigest()
 
+    def _files_sha256(self, name: str) -> str | None:
+        """Of names, sizes and times of the files a corpus is made from, and of its tokenizer's.
+
+        None where they are not to be found here, or lie elsewhere (a data set of the Hub).
+        """
+        corpus = self.experiment.data[name]
+        digest = hashlib.sha256()
+        try:
+            if corpus.input is not None:
+                where = f"data.{name}.input"
+                inputs = [Path(expanded(text, where)) for text in _inputs(corpus)]
+                files = text_files.find(inputs)
+            elif corpus.dataset is not None:
+                folder = Path(expanded(corpus.dataset, f"data.{name}.dataset"))
+                files = sorted(path for path in folder.rglob("*") if path.is_file())
+            else:
+                return None
+        except UserError:
+            return None
+        for path in files:
+            found = path.stat()
+            digest.update(f"{path.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        if corpus.tokenizer_of is not None:
+            digest.update((self._files_sha256(corpus.tokenizer_of) or "").encode())
+        return digest.hexdigest() if files else None
+
     def prepare(self, name: str, workers: int) -> TokenData:
         """The data, made first where it is not there. Raises `UserError` where it cannot be."""
         found = self.opened(name)
@@ -87,6 +120,7 @@ class Corpora:
         trained = tokenizer in KINDS
         path = self.path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
+        stamp = {"settings": self.settings_sha256(name), "files": self._files_sha256(name)}
         prepare(
             PrepareOptions(
                 out=path,
@@ -105,9 +139,23 @@ class Corpora:
                 overwrite=True,
             )
         )
-        write_text(path.with_name(f"{name}.{STAMP}"), self.settings_sha256(name))
+        write_json(path.with_name(f"{name}.{STAMP}"), stamp)
         self.vocab_size(name)  # as said
         return open_data(path)
+
+
+def _inputs(corpus: Corpus) -> list[str]:
+    given = corpus.input or ()
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _read_stamp(path: Path) -> dict[str, Any]:
+    """What made a prepared folder; empty where that is not known, and it is made again."""
+    try:
+        stamp = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
 
 
 def _sources(name: str, corpus: Corpus) -> dict[str, documents.Source]:
@@ -117,9 +165,9 @@ def _sources(name: str, corpus: Corpus) -> dict[str, documents.Source]:
         "max_bytes": corpus.max_bytes,
     }
     if corpus.input is not None:
-        inputs = [corpus.input] if isinstance(corpus.input, str) else list(corpus.input)
         where = f"data.{name}.input"
-        return {"train": documents.files([expanded(text, where) for text in inputs], **common)}
+        inputs = [expanded(text, where) for text in _inputs(corpus)]
+        return {"train": documents.files(inputs, **common)}
     assert corpus.dataset is not None
     dataset = expanded(corpus.dataset, f"data.{name}.dataset")
     splits = corpus.splits

@@ -4,7 +4,7 @@ from typing import Any
 
 from sparse_gpt.experiment.corpora import Corpora
 from sparse_gpt.experiment.finetune_stage import FinetuneRun
-from sparse_gpt.experiment.record import about_run, read_json
+from sparse_gpt.experiment.record import about_run, describe_data, read_json
 from sparse_gpt.train.results import FILE
 
 # What a record has in other places.
@@ -19,6 +19,7 @@ def finetune_record(run: FinetuneRun, corpora: Corpora) -> dict[str, Any]:
     results, plan = read_json(run.folder / FILE), run.after.plan
     return {
         **about_run(run, corpora, run.folder / results.get("run", "."), results),
+        "after_data": describe_data(run.after.corpora, corpora),
         "storage": run.config.storage,
         "model": {
             **{key: getattr(plan.model, key) for key in ("n_layer", "n_head", "d_model", "d_ff")},

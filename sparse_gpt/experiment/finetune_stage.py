@@ -127,18 +127,22 @@ def finetunings(planner: Planner, stage: FinetuneStage, where: str, run: Run) ->
         if mode == "dense":  # what is said of sparse layers is of the other modes
             tree = {k: v for k, v in tree.items() if k not in ("storage", "kernel")}
         config = validate(FinetuneConfig, tree, f"{where}.config")
+        if config.global_batch_size is None:  # of these ranks; a run is known by it
+            tree["global_batch_size"] = config.micro_batch_size * planner.experiment.ranks
+            config = validate(FinetuneConfig, tree, f"{where}.config")
         data = [planner.corpora.opened(name) for name in corpora]
-        work = _work(config, run, data, planner.experiment.ranks)
+        work = _work(config, run, data)
         yield FinetuneRun(run, config, work, tuple(corpora))
 
 
-def _work(config: FinetuneConfig, run: Run, data: list[TokenData | None], ranks: int) -> Work:
+def _work(config: FinetuneConfig, run: Run, data: list[TokenData | None]) -> Work:
     known = [tokens for tokens in data if tokens is not None]
     if len(known) < len(data):
         return Work(0, 0, 0, 0)
     plan = run.plan
     seq_len = config.seq_len or plan.model.n_positions
-    batch = config.global_batch_size or config.micro_batch_size * ranks
+    assert config.global_batch_size is not None
+    batch = config.global_batch_size
     sequences = sum((tokens.split("train").n_tokens - 1) // seq_len for tokens in known)
     epoch = max(1, math.ceil(sequences / batch))
     steps = config.max_steps or math.ceil((config.epochs or 1.0) * epoch)

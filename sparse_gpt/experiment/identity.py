@@ -8,22 +8,25 @@ from typing import Any
 from sparse_gpt.config import RunConfig
 from sparse_gpt.config_file import validate
 from sparse_gpt.errors import UserError
+from sparse_gpt.experiment.spec import LeaderboardStage
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.train.drift import FREE
 
-AnyConfig = RunConfig | FinetuneConfig
+AnyConfig = RunConfig | FinetuneConfig | LeaderboardStage
 # Of a fine-tuning. How often it is validated decides which weights are its best.
 FREE_OF_FINETUNING = (
     *("name", "output_dir", "checkpoint", "data.*.path", "checkpointing.*", "logging.*"),
     *("micro_batch_size", "deepspeed.*", "activation_checkpointing", "keep_checkpoints"),
     *("storage", "kernel", "evaluation.final"),
 )
+FREE_OF_EVALUATION = ("arms", "data", "batch_size", "device")
 
 
 def config_tree(config: AnyConfig) -> dict[str, Any]:
     """The resolved configuration of what is computed, as a plain tree."""
     tree = json.loads(config.model_dump_json())
-    tree["data"] = [{**source, "path": ""} for source in tree["data"]]
+    if not isinstance(config, LeaderboardStage):
+        tree["data"] = [{**source, "path": ""} for source in tree["data"]]
     return _part(tree, _free(config), free=False)
 
 
@@ -52,6 +55,8 @@ def changes(saved: dict[str, Any], config: AnyConfig) -> list[str]:
 
 
 def _free(config: AnyConfig) -> tuple[str, ...]:
+    if isinstance(config, LeaderboardStage):
+        return FREE_OF_EVALUATION
     return FREE if isinstance(config, RunConfig) else FREE_OF_FINETUNING
 
 

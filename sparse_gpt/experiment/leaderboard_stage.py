@@ -1,78 +1,95 @@
-"""The leaderboard as a stage of an experiment: export what was trained, evaluate it, keep it.
+"""The leaderboard as a stage of an experiment: what was trained is exported, and evaluated."""
 
-The evaluation is a process of its own, on the cores that it inherits: it imports libraries that
-read the environment once, and a kill of it loses the answers of the last half minute alone.
-"""
-
-import json
-import os
-import subprocess
-import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from sparse_gpt.config import Positive, Section
-from sparse_gpt.errors import UserError
-from sparse_gpt.hf.checkpoint import export_checkpoint
-
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "eval" / "leaderboard.py"
-KEPT = ("tasks", "average", "settings", "notes", "versions", "run_sha256", "seconds")
+from sparse_gpt.experiment.corpora import expanded
+from sparse_gpt.experiment.identity import config_tree, tree_sha256
+from sparse_gpt.experiment.plan import Planner, Run
+from sparse_gpt.experiment.spec import LeaderboardStage
 
 
-class LeaderboardStage(Section):
-    """`stages: [{leaderboard: {...}}]`; the keys are options of eval/leaderboard.py.
+@dataclass(frozen=True)
+class Documents:
+    """What an evaluation takes is not known before it has counted its documents."""
 
-    `data`: a mirror of the data sets, where `$NAME` stands for a variable of the environment;
-    None for the Hub. `arms`: default, those of group main.
-    """
-
-    arms: tuple[str, ...] | None = None
-    data: str | None = None
-    shots: Literal["leaderboard", "zero"] = "leaderboard"
-    tasks: tuple[str, ...] | None = Field(default=None, min_length=1)
-    limit: Positive | None = None
-    batch_size: Positive | Literal["auto"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-
-    def arguments(self) -> list[str]:
-        """Of eval/leaderboard.py, without the model and the folder of results."""
-        given = ["--shots", self.shots, "--device", self.device, "--dtype", self.dtype]
-        given += ["--batch-size", str(self.batch_size)]
-        if self.data is not None:
-            expanded = os.path.expandvars(self.data)
-            if "$" in expanded:
-                raise UserError(f"stages: leaderboard.data: {self.data}: a variable is not set")
-            given += ["--data", expanded]
-        if self.tasks is not None:
-            given += ["--tasks", *self.tasks]
-        return given + ([] if self.limit is None else ["--limit", str(self.limit)])
+    steps: int = 0
+    tokens: int = 0
+    flops_total: int = 0
+    masked_flops_total: int = 0
 
 
-def evaluate(run: Path, name: str, out: Path, stage: LeaderboardStage) -> dict[str, Any]:
-    """Evaluate the newest checkpoint of a run; returns the `leaderboard` part of its record.
+@dataclass(frozen=True)
+class LeaderboardRun:
+    """The evaluation of what the run `after` ended with."""
 
-    run: folder of a pretraining or fine-tuning run. out: gets the exported model (`hf`), the log
-    and the files of the evaluation, of the name `name`; a second call goes on with what the first
-    left there. Raises `UserError` with the end of the log where the evaluation fails.
-    """
-    arguments = stage.arguments()
-    out.mkdir(parents=True, exist_ok=True)
-    export_checkpoint(run, out / "hf", "float32", overwrite=True)
-    command = [sys.executable, str(SCRIPT), f"{name}={out / 'hf'}", *arguments, "--out", str(out)]
-    with (out / "log.txt").open("a", encoding="utf-8") as log:
-        code = subprocess.run(command, stdout=log, stderr=log, cwd=ROOT, check=False).returncode
-    if code:
-        tail = (out / "log.txt").read_text(encoding="utf-8").splitlines()[-12:]
-        raise UserError(
-            f"{name}: the leaderboard's evaluation ended with {code}:\n" + "\n".join(tail)
-        )
-    return part(json.loads((out / f"{name}.leaderboard.json").read_text(encoding="utf-8")))
+    after: Run
+    config: LeaderboardStage
+    folder: Path
+    plan: Documents = Documents()
+    corpora: tuple[str, ...] = ()
+    stage: str = "leaderboard"
+    match: None = None
+
+    @property
+    def name(self) -> str:
+        """`<arm>-s<seed>-leaderboard`; of files and folders."""
+        return f"{self.after.name}-leaderboard"
+
+    @property
+    def after_sha256(self) -> str:
+        """Of the configuration of the run whose weights are evaluated."""
+        return tree_sha256(config_tree(self.after.config))
+
+    @property
+    def row(self) -> str:
+        """What runs that differ in the seed alone have in common."""
+        return f"{self.arm}, leaderboard"
+
+    @property
+    def experiment(self) -> str:
+        return self.after.experiment
+
+    @property
+    def arm(self) -> str:
+        return self.after.arm
+
+    @property
+    def label(self) -> str:
+        return self.after.label
+
+    @property
+    def group(self) -> str:
+        return self.after.group
+
+    @property
+    def seed(self) -> int:
+        return self.after.seed
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.after.settings
+
+    def metric_folders(self) -> list[Path]:
+        """It logs no metrics."""
+        return []
+
+    def arguments(self, config: Path) -> list[str]:
+        """Of eval/leaderboard.py, which exports a run's folder first; `config` is to look at."""
+        stage = self.config
+        given = [f"{self.name}={self.after.folder}", "--out", str(self.folder)]
+        given += ["--shots", stage.shots, "--device", stage.device, "--dtype", stage.dtype]
+        given += ["--batch-size", str(stage.batch_size)]
+        if stage.data is not None:
+            given += ["--data", expanded(stage.data, "stages.leaderboard.data")]
+        if stage.tasks is not None:
+            given += ["--tasks", *stage.tasks]
+        return given + ([] if stage.limit is None else ["--limit", str(stage.limit)])
 
 
-def part(result: dict[str, Any]) -> dict[str, Any]:
-    """What a record keeps of a result file of eval/leaderboard.py: all but the model."""
-    return {key: result[key] for key in KEPT}
+def evaluations(planner: Planner, stage: LeaderboardStage, run: Run) -> list[LeaderboardRun]:
+    """The evaluation of a pretraining run, if its arm is among the stage's."""
+    chosen = run.group == "main" if stage.arms is None else run.arm in stage.arms
+    folder = run.folder.with_name(f"{run.name}-leaderboard")
+    return [LeaderboardRun(run, stage, folder)] if chosen else []

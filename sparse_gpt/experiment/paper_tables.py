@@ -6,6 +6,7 @@ only in the experiments of the papers' size: each table says what the published 
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sparse_gpt.experiment import published
 from sparse_gpt.experiment.arms import MAIN, Arm, arms, method, transformation
@@ -14,8 +15,9 @@ from sparse_gpt.experiment.statistics import perplexity, summarise
 from sparse_gpt.experiment.table import Cell, Table, cell
 from sparse_gpt.experiment.tables import lr, seeds_cell, spread_cell
 
-OTHER_SIZE = (
-    "Published models are GPT-3 Small (125M); ours are smaller, and so are data and budget."
+NOT_COMPARABLE = (
+    "Not comparable: the published models are GPT-3 Small and Medium on the Pile or WikiText-103; "
+    "ours are of other sizes, on other data and a smaller budget. Compare the signs of differences."
 )
 
 
@@ -28,9 +30,11 @@ def paper_tables(results: Results) -> list[Table]:
     if trained:
         tables += [sizes(trained), end_to_end(trained), recipe(trained)]
     if boards:
-        tables.append(leaderboard(boards, _of_paper_size(trained)))
+        tables.append(leaderboard(boards))
     if tuned:
-        tables.append(spdf(tuned, _of_paper_size(trained)))
+        tables.append(spdf(tuned))
+    if not _of_paper_size(trained):
+        tables = [replace(table, notes=[NOT_COMPARABLE, *table.notes]) for table in tables]
     return tables
 
 
@@ -185,7 +189,7 @@ def recipe(trained: list[Arm]) -> Table:
     return Table("Table 20: pretraining", header, rows, frozenset(range(1, 9)), notes)
 
 
-def leaderboard(boards: list[Arm], paper_size: bool) -> Table:
+def leaderboard(boards: list[Arm]) -> Table:
     """Table 15, in percent: ours over seeds (one: ± lm-eval's standard error), then published."""
     header = ["model", "transformation", "sparsity", "method", "shots", "seeds"]
     header += [*published.COLUMNS.values(), "average"]
@@ -208,7 +212,6 @@ def leaderboard(boards: list[Arm], paper_size: bool) -> Table:
         "error over documents (s.e.).",
         f"Published: {published.LEADERBOARD_SOURCE}.",
     ]
-    notes += [] if paper_size else [OTHER_SIZE]
     evaluations = [run.leaderboard for arm in boards for run in arm.runs.values()]
     notes += dict.fromkeys(n for board in evaluations if board for n in board.notes)
     numeric = frozenset({2, *range(6, 12)})
@@ -262,7 +265,7 @@ def _score(arm: Arm, column: str) -> Cell:
     return spread_cell(summarise(values), 1)
 
 
-def spdf(tuned: list[Arm], paper_size: bool) -> Table:
+def spdf(tuned: list[Arm]) -> Table:
     """Table 21, one row a number of it."""
     header = [
         "model", "transformation", "sparsity", "fine-tuning", "lr", "seeds",
@@ -293,6 +296,5 @@ def spdf(tuned: list[Arm], paper_size: bool) -> Table:
         "validation.",
         f"Published: {published.SPDF_SOURCE}.",
     ]
-    notes += [] if paper_size else [OTHER_SIZE]
     title = "Table 21: sparse pretraining, dense and sparse fine-tuning"
     return Table(title, header, rows, frozenset({2, 4, 6, 7, 8}), notes)

@@ -172,7 +172,11 @@ class Planner:
         evaluation = tree.get("evaluation") or {}
         tree |= {"name": name, "output_dir": str(self.work / name), "seed": seed}
         tree["evaluation"] = {**evaluation, "final": True}
-        return validate(RunConfig, tree, f"arms.{arm}")
+        config = validate(RunConfig, tree, f"arms.{arm}")
+        if config.global_batch_size is None:  # of these ranks; a run is known by it
+            tree["global_batch_size"] = config.batch(self.experiment.ranks)
+            config = validate(RunConfig, tree, f"arms.{arm}")
+        return config
 
     def _plan(self, config: RunConfig) -> Plan:
         return plan(config, self._vocab_size, self.experiment.ranks)

@@ -34,13 +34,16 @@ class Slot:
     gpus: tuple[str, ...] = ()
 
 
-def slots_of(ranks: int, jobs: int | None) -> list[Slot]:
+def slots_of(ranks: int, jobs: int | None, launcher: Sequence[str] = ()) -> list[Slot]:
     """The machine shared out among `jobs` runs of `ranks` ranks; default: as many as fit.
 
     Only the cores that this process may use. GPUs where torch sees some, unless DS_ACCELERATOR
-    is cpu. Raises `UserError` where a run does not fit.
+    is cpu. With a `launcher` the ranks' places are its affair: one run at a time, unless `jobs`
+    says more. Raises `UserError` where a run does not fit.
     """
     cores = sorted(os.sched_getaffinity(0))
+    if launcher:
+        return [Slot(tuple(cores))] * (jobs or 1)
     gpus = _gpus()
     if gpus:
         fitting = len(gpus) // ranks

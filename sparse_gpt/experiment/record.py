@@ -11,13 +11,16 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.corpora import Corpora
 from sparse_gpt.experiment.finetune_stage import FinetuneRun
 from sparse_gpt.experiment.identity import changes, config_tree, tree_sha256
+from sparse_gpt.experiment.leaderboard_stage import LeaderboardRun
 from sparse_gpt.experiment.plan import Run, layer_flops
 from sparse_gpt.experiment.sessions import Sessions
 from sparse_gpt.train.results import FILE as RESULTS
 from sparse_gpt.train.results import SPLITS, read_results
 
-AnyRun = Run | FinetuneRun
+LaterRun = FinetuneRun | LeaderboardRun  # after a pretraining, `after`
+AnyRun = Run | LaterRun
 SCHEMA = 1
+NEEDED = {"config": dict, "data": dict, "seconds": int | float, "loss": dict}
 PACKAGES = ("torch", "deepspeed", "numpy", "sparse_gpt")
 
 
@@ -37,12 +40,15 @@ class Records:
             record = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path}: no JSON ({error}); remove it, and the run is repeated"
             ) from None
         if not isinstance(record, dict) or record.get("schema") != SCHEMA:
             raise UserError(f"{path}: no record of schema {SCHEMA}; move it away")
+        wrong = [key for key, kind in NEEDED.items() if not isinstance(record.get(key), kind)]
+        if wrong:
+            raise UserError(f"{path}: a record needs {', '.join(wrong)}; move it away")
         return record
 
     def why_not_done(self, run: AnyRun, corpora: Corpora) -> str | None:
@@ -53,14 +59,10 @@ class Records:
         differing = changes(record["config"], run.config)
         if record.get("after_sha256") != run.after_sha256:
             differing.append("the run before it is another")
-        for name in run.corpora:
-            was = record["data"].get(name, {})
-            if was.get("settings_sha256") != corpora.settings_sha256(name):
-                differing.append(f"data.{name}: prepared otherwise")
-                continue
-            data = corpora.opened(name)
-            if data is not None and data.identity != was["identity"]:
-                differing.append(f"data.{name}: other tokens (another text or tokenizer)")
+        differing += _other_data(record["data"], run.corpora, corpora)
+        if not isinstance(run, Run):
+            before = _other_data(record.get("after_data"), run.after.corpora, corpora)
+            differing += [f"the run before it: {text}" for text in before]
         return "; ".join(differing) or None
 
     def write(
@@ -73,12 +75,55 @@ class Records:
         return record
 
 
+def _other_data(was: object, names: Iterable[str], corpora: Corpora) -> list[str]:
+    """In what the data of a record differs from what is there, or would be prepared."""
+    differing = []
+    for name in names:
+        part = was.get(name) if isinstance(was, dict) else None
+        part = part if isinstance(part, dict) else {}
+        if part.get("settings_sha256") != corpora.settings_sha256(name):
+            differing.append(f"data.{name}: prepared otherwise")
+            continue
+        data = corpora.opened(name)
+        if data is not None and data.identity != part.get("identity"):
+            differing.append(f"data.{name}: other tokens (another text or tokenizer)")
+    return differing
+
+
 def make_record(run: Run, corpora: Corpora) -> dict[str, Any]:
     """What the folder of a finished run says. Raises `UserError` where a part is missing."""
-    folder, plan = run.folder, run.plan
-    results = read_results(folder / RESULTS)
+    results = read_results(run.folder / RESULTS)
     if results is None:
-        raise UserError(f"{folder / RESULTS} is missing; the run has not ended")
+        raise UserError(f"{run.folder / RESULTS} is missing; the run has not ended")
+    return _record(run, corpora, results)
+
+
+def diverged_record(run: Run, corpora: Corpora) -> dict[str, Any] | None:
+    """The record of a run that gave up over numbers that are not finite; None where it did not.
+
+    It has no losses, and says why. Its weights are not measured.
+    """
+    path = run.folder / "metrics.jsonl"
+    lines = _json_lines(path) if path.is_file() else []
+    if not lines or lines[-1]["kind"] != "diverged":
+        return None
+    ended = [line for line in lines if "flops_spent" in line]
+    results: dict[str, Any] = {
+        "steps": lines[-1]["step"],
+        "tested_step": None,
+        "tokens": ended[-1]["tokens"] if ended else 0,
+        "flops_spent": ended[-1]["flops_spent"] if ended else 0,
+        "sparse_layer_weights": 0,
+        "active_weights": 0,
+        "precision": run.config.precision,
+        "device": "unknown",
+        "ranks": None,
+    }
+    return {**_record(run, corpora, results), "diverged": lines[-1]["because"]}
+
+
+def _record(run: Run, corpora: Corpora, results: dict[str, Any]) -> dict[str, Any]:
+    folder, plan = run.folder, run.plan
     metrics = _json_lines(folder / "metrics.jsonl")
     model = plan.model
     updates = sum(line["kind"] == "topology" and line["step"] > 0 for line in metrics)
@@ -129,8 +174,11 @@ def about_run(
         "config_sha256": tree_sha256(tree),
         "config": tree,
         "after_sha256": run.after_sha256,
-        "data": {name: _describe_data(name, corpora) for name in run.corpora},
-        "git": environment["git_revision"],
+        "data": describe_data(run.corpora, corpora),
+        "git": {
+            "revision": environment["git_revision"],
+            "dirty": bool(environment.get("uncommitted")),
+        },
         "versions": {"python": environment["python"].split()[0], **_versions()},
         "device": (environment["devices"] or [results["device"]])[0],
         "precision": results["precision"],
@@ -151,6 +199,11 @@ def about_run(
             if line["kind"] == "validation"
         ],
     }
+
+
+def describe_data(names: Iterable[str], corpora: Corpora) -> dict[str, Any]:
+    """By name: what was trained on, and what it would be known again by."""
+    return {name: _describe_data(name, corpora) for name in names}
 
 
 def _describe_data(name: str, corpora: Corpora) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """A results folder, read: the records of finished runs, the plan, and what the page says of it.
 
     <folder>/runs/<run>.json   one record a finished run (the only thing that must be there)
-    <folder>/plan.json         optional: [{run, arm, label, seed, stage, group}, ...]
+    <folder>/plan.json         optional: [{run, arm, label, seed, stage, group, stale}, ...]
     <folder>/experiment.json   optional: {title, question, baseline, compare, command}
 
 A record that cannot be read, is of another schema or does not fit the others is refused by name and
-the rest is shown: files may have come from another machine or another version.
+the rest is shown: files may have come from another machine or another version. So is one that the
+plan does not have, or of which it says that it is of another configuration.
 """
 
 import math
@@ -188,6 +189,7 @@ class PlannedRun(_Part):
     seed: Seed
     stage: Stage = "pretrain"
     group: Text | None = None
+    stale: Annotated[str, AfterValidator(_shown)] | None = None  # why the record is of another run
 
 
 class About(_Part):
@@ -233,8 +235,8 @@ def read(folder: Path) -> Results:
             records.append(record)
         except (ValidationError, UserError) as error:
             refused.append(f"{_shown(path.name)}: {_reason(error)}")
-    name, records = _of_one_experiment(records, refused)
     about, plan = _read_about(folder, refused), _read_plan(folder, refused)
+    name, records = _of_one_experiment(_of_the_plan(records, plan, refused), refused)
     return Results(name or folder.resolve().name, folder, about, plan, records, refused)
 
 
@@ -253,6 +255,25 @@ def _of_one_experiment(records: list[Record], refused: list[str]) -> tuple[str, 
         else:
             kept[key] = record
     return name, list(kept.values())
+
+
+def _of_the_plan(
+    records: list[Record], plan: list[PlannedRun] | None, refused: list[str]
+) -> list[Record]:
+    """The records of what is planned now; all where there is no plan."""
+    if plan is None:
+        return records
+    planned = {run.run: run for run in plan}
+    kept = []
+    for record in records:
+        run = planned.get(record.run)
+        if run is None:
+            refused.append(f"{record.run}.json: not in the plan (an earlier configuration's?)")
+        elif run.stale:
+            refused.append(f"{record.run}.json: of another run than planned: {run.stale[:300]}")
+        else:
+            kept.append(record)
+    return kept
 
 
 def _read_about(folder: Path, refused: list[str]) -> About:

@@ -41,7 +41,7 @@ def run_experiment(
         raise UserError(f"--only {unknown[0]}: no arm; arms: {', '.join(experiment.arms)}")
     work, results = work.absolute() / experiment.name, results / experiment.name
     planner, records = Planner(experiment, work), Records(results)
-    slots = slots_of(experiment.ranks, jobs or experiment.jobs)
+    slots = slots_of(experiment.ranks, jobs or experiment.jobs, experiment.launcher)
     if list_only:
         runs = _chosen(planner, only)
         why = {run.name: records.why_not_done(run, planner.corpora) for run in runs}
@@ -62,11 +62,13 @@ def run_experiment(
             keep=lock.descriptors,
             launcher=experiment.launcher,
         )
-        describe(experiment, planner, results, [str(path), *overrides])
+        describe(experiment, results, [str(path), *overrides])
+        write_plan(planner, records)
         try:
             return 0 if runner.go() else 1
         finally:
             if any((results / "runs").glob("*.json")):
+                write_plan(planner, records)
                 print(f"page: {write(results)}", flush=True)
     except Stopped as stopped:
         print("stopped; start again to go on", flush=True)
@@ -75,16 +77,21 @@ def run_experiment(
         lock.release()
 
 
-def remake_page(path: Path | str, overrides: Sequence[str] = (), results: Path = RESULTS) -> None:
+def remake_page(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    work: Path = WORK,
+    results: Path = RESULTS,
+) -> None:
     """Tables, plots and page of an experiment from its records, without running anything."""
     experiment = load_experiment(path, list(overrides))
-    print(f"page: {write(results / experiment.name)}", flush=True)
+    results = results / experiment.name
+    write_plan(Planner(experiment, work.absolute() / experiment.name), Records(results))
+    print(f"page: {write(results)}", flush=True)
 
 
-def describe(
-    experiment: Experiment, planner: Planner, results: Path, arguments: Sequence[str]
-) -> None:
-    """What the page says besides the records: the question, and which runs there will be."""
+def describe(experiment: Experiment, results: Path, arguments: Sequence[str]) -> None:
+    """What the page says besides the records."""
     about = {
         "title": experiment.title or experiment.name,
         "question": experiment.question,
@@ -92,12 +99,28 @@ def describe(
         "compare": experiment.compare,
         "command": shlex.join(["python", "launch/experiment.py", *arguments]),
     }
+    write_json(results / "experiment.json", about)
+
+
+def write_plan(planner: Planner, records: Records) -> None:
+    """Which runs there will be, for the page; `stale`: why a record is not of the run planned."""
     keys = ("arm", "label", "seed", "stage", "group")
     plan = [
-        {"run": run.name, **{key: getattr(run, key) for key in keys}} for run in all_runs(planner)
+        {
+            "run": run.name,
+            **{key: getattr(run, key) for key in keys},
+            "stale": _stale(run, planner, records),
+        }
+        for run in all_runs(planner)
     ]
-    write_json(results / "experiment.json", about)
-    write_json(results / "plan.json", plan)
+    write_json(records.folder / "plan.json", plan)
+
+
+def _stale(run: AnyRun, planner: Planner, records: Records) -> str | None:
+    try:
+        return records.why_not_done(run, planner.corpora) or None
+    except UserError as error:  # the page names it, and shows the others
+        return str(error)
 
 
 def _chosen(planner: Planner, only: Sequence[str]) -> list[AnyRun]:

@@ -6,16 +6,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sparse_gpt.config_file import dump_yaml
 from sparse_gpt.durable import write_json
-from sparse_gpt.errors import EXIT_STOPPED, UserError
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from sparse_gpt.experiment.corpora import Corpora
 from sparse_gpt.experiment.finetune_record import finetune_record
-from sparse_gpt.experiment.finetune_stage import FinetuneRun
 from sparse_gpt.experiment.identity import changes, config_tree
+from sparse_gpt.experiment.leaderboard_record import leaderboard_record
+from sparse_gpt.experiment.plan import Run
 from sparse_gpt.experiment.processes import Processes, Slot
-from sparse_gpt.experiment.record import AnyRun, Records, make_record
+from sparse_gpt.experiment.record import AnyRun, LaterRun, Records, diverged_record, make_record
 from sparse_gpt.experiment.sessions import Sessions
 from sparse_gpt.experiment.show import Show
 from sparse_gpt.experiment.stages import has_weights, weights_of
@@ -23,8 +25,16 @@ from sparse_gpt.experiment.stages import has_weights, weights_of
 POLL_SECONDS = 1.0
 LOG_TAIL_LINES = 30
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-SCRIPTS = {"pretrain": "launch/pretrain.py", "finetune": "launch/finetune.py"}
-RECORDS = {"pretrain": make_record, "finetune": finetune_record}
+SCRIPTS = {
+    "pretrain": "launch/pretrain.py",
+    "finetune": "launch/finetune.py",
+    "leaderboard": "eval/leaderboard.py",
+}
+RECORDS = {
+    "pretrain": make_record,
+    "finetune": finetune_record,
+    "leaderboard": leaderboard_record,
+}
 
 
 class Stopped(Exception):
@@ -42,6 +52,7 @@ class Job:
     first_step: int = 0  # where this start began
     began: float = 0.0  # time.time()
     loss: float | None = None
+    diverged: bool = False
     processes: Processes | None = None
     sessions: Sessions | None = field(default=None, repr=False)
 
@@ -103,13 +114,14 @@ class Runner:
             why = self.records.why_not_done(job.run, self.corpora)
             if why is None:
                 job.state, job.step = "done", job.run.plan.steps
+                job.diverged = "diverged" in (self.records.read(job.run.name) or {})
             elif why:
                 self.show.say(f"{job.run.name}: its record is of another run, repeated: {why}")
         for job in self.jobs:
-            if job.state == "done" or not isinstance(job.run, FinetuneRun):
+            if job.state == "done" or isinstance(job.run, Run):
                 continue
             before = self._before(job.run)
-            if before.state == "done" and not has_weights(job.run.after):
+            if before.state == "done" and not (before.diverged or has_weights(job.run.after)):
                 before.state, before.step = "queued", 0
                 self.show.say(
                     f"{before.run.name}: its weights are gone, and {job.run.name} needs them"
@@ -127,15 +139,17 @@ class Runner:
 
     def _is_ready(self, job: Job) -> bool:
         """Whether a job waits for a slot alone. One whose pretraining failed fails, too."""
-        if job.state != "queued" or not isinstance(job.run, FinetuneRun):
+        if job.state != "queued" or isinstance(job.run, Run):
             return job.state == "queued"
         before = self._before(job.run)
-        if before.state == "failed":
+        if before.state == "failed" or before.diverged:
             job.state = "failed"
-            self.show.say(f"{job.run.name} FAILED: {before.run.name}, which it is after, did")
+            why = "diverged" if before.diverged else "failed"
+            self.show.say(f"{job.run.name} FAILED: {before.run.name}, which it is after, {why}")
+            return False
         return before.state == "done"
 
-    def _before(self, run: FinetuneRun) -> Job:
+    def _before(self, run: LaterRun) -> Job:
         return next(job for job in self.jobs if job.run.name == run.after.name)
 
     def _start(self, job: Job, slot: Slot) -> None:
@@ -147,14 +161,15 @@ class Runner:
         job.began, job.first_step = time.time(), job.step
         job.sessions = Sessions(run.folder)
         job.sessions.begin(job.began)
+        alone = run.stage == "leaderboard"  # one process, here
         job.processes = Processes(
             SCRIPTS[run.stage],
             run.arguments(config),
-            self.ranks,
+            1 if alone else self.ranks,
             slot,
             run.folder / "log.txt",
             self.keep,
-            self.launcher,
+            () if alone else self.launcher,
         )
         job.state = "running"
         self.show.started(job)
@@ -171,17 +186,25 @@ class Runner:
             job.processes.end()
             del self._on_slot[index]
             try:
-                if code:
-                    stopped = ", stopped on request; start again to go on"
-                    raise UserError(f"exit code {code}{stopped if code == EXIT_STOPPED else ''}")
-                record = self.records.write(job.run, self.corpora, RECORDS[job.run.stage])
+                record = self._record(job.run, code)
             except UserError as error:
                 job.state = "failed"
                 log = job.run.folder / "log.txt"
                 self.show.failed(job, str(error), log, tail(log))
                 continue
-            job.state = "done"
+            job.state, job.diverged = "done", "diverged" in record
             self.show.finished(job, record)
+
+    def _record(self, run: AnyRun, code: int) -> dict[str, Any]:
+        """Write what a run that ended came to. Raises `UserError` where it failed."""
+        if not code:
+            return self.records.write(run, self.corpora, RECORDS[run.stage])
+        if code == EXIT_USER_ERROR and isinstance(run, Run):
+            record = diverged_record(run, self.corpora)
+            if record is not None:
+                return self.records.write(run, self.corpora, lambda *_: record)
+        stopped = ", stopped on request; start again to go on"
+        raise UserError(f"exit code {code}{stopped if code == EXIT_STOPPED else ''}")
 
 
 def _stop(number: int, _frame: object) -> None:

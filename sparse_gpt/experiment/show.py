@@ -44,6 +44,10 @@ class Show:
 
     def finished(self, job: "Job", record: dict[str, Any]) -> None:
         losses = ", ".join(f"{split} {loss:.4f}" for split, loss in record["loss"].items())
+        if "leaderboard" in record:
+            average = record["leaderboard"]["average"]
+            losses = "no average" if average is None else f"average {100 * average['score']:.2f} %"
+        losses = f"diverged: {record['diverged']}" if "diverged" in record else losses
         self.estimates.learn(job.run, record)
         self.say(f"{_clock()}  {job.run.name} done in {duration(record['seconds'])}: {losses}")
 

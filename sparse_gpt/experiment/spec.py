@@ -56,7 +56,7 @@ class Arm(Section):
     `like` another arm: with its settings, too. With `match_flops` the arm is the baseline instead,
     given the whole-model FLOPs of that arm's run: by `tokens`, more (or fewer) steps; by `width`,
     another d_model, a multiple of the heads, and d_ff for the rest, at as many steps.
-    `group`: arms shown together; comparisons are made within `main`.
+    `group`: arms shown together; where there is no `compare`, those of `main` are compared.
     """
 
     label: str | None = None
@@ -88,10 +88,40 @@ class FinetuneStage(Section):
     config: dict[str, Any]
 
 
-class Stage(Section):
-    """What follows the pretraining of every seed of an arm."""
+class LeaderboardStage(Section):
+    """Score what was pretrained on the Open LLM Leaderboard: options of eval/leaderboard.py.
 
-    finetune: FinetuneStage
+    `arms`: default, those of group main. `data`: a mirror of the data sets, where `$NAME` stands
+    for a variable of the environment; None for the Hub.
+    """
+
+    arms: tuple[Name, ...] | None = None
+    data: str | None = None
+    shots: Literal["leaderboard", "zero"] = "leaderboard"
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    limit: Positive | None = None
+    batch_size: Positive | Literal["auto"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+class Stage(Section):
+    """What follows the pretraining of every seed of an arm: one of these."""
+
+    finetune: FinetuneStage | None = None
+    leaderboard: LeaderboardStage | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> "Stage":
+        if (self.finetune is None) == (self.leaderboard is None):
+            raise ValueError("a stage is either finetune or leaderboard")
+        return self
+
+    @property
+    def what(self) -> FinetuneStage | LeaderboardStage:
+        stage = self.finetune or self.leaderboard
+        assert stage is not None
+        return stage
 
 
 class Experiment(Section):
@@ -139,13 +169,16 @@ class Experiment(Section):
             for arm in pair:
                 if arm not in self.arms:
                     raise ValueError(f"compare: {arm} is no arm; arms: {', '.join(self.arms)}")
-        modes = [mode for stage in self.stages for mode in stage.finetune.modes]
+        modes = [mode for stage in self.stages if stage.finetune for mode in stage.finetune.modes]
         if len(set(modes)) != len(modes):
             raise ValueError("stages: a mode of fine-tuning is given twice")
+        if sum(stage.leaderboard is not None for stage in self.stages) > 1:
+            raise ValueError("stages: leaderboard is given twice")
         for stage in self.stages:
-            for arm in stage.finetune.arms or ():
+            kind = "finetune" if stage.finetune else "leaderboard"
+            for arm in stage.what.arms or ():
                 if arm not in self.arms:
-                    raise ValueError(f"stages.finetune.arms: {arm} is no arm")
+                    raise ValueError(f"stages.{kind}.arms: {arm} is no arm")
         for name, corpus in self.data.items():
             if corpus.tokenizer_of is not None and corpus.tokenizer_of not in self.data:
                 raise ValueError(f"data.{name}.tokenizer_of: {corpus.tokenizer_of} is no corpus")

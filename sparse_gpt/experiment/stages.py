@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.experiment.finetune_stage import FinetuneRun, finetunings
+from sparse_gpt.experiment.finetune_stage import finetunings
+from sparse_gpt.experiment.leaderboard_stage import evaluations
 from sparse_gpt.experiment.plan import Planner, Run
-from sparse_gpt.experiment.record import AnyRun
+from sparse_gpt.experiment.record import AnyRun, LaterRun
 from sparse_gpt.train.checkpoint_files import list_steps, open_checkpoint
 
 
@@ -14,14 +15,17 @@ def all_runs(planner: Planner) -> list[AnyRun]:
     return [each for run in planner.runs() for each in (run, *_later(planner, run))]
 
 
-def _later(planner: Planner, run: Run) -> Iterator[FinetuneRun]:
+def _later(planner: Planner, run: Run) -> Iterator[LaterRun]:
     for index, stage in enumerate(planner.experiment.stages):
-        yield from finetunings(planner, stage.finetune, f"stages.{index}.finetune", run)
+        if stage.finetune is not None:
+            yield from finetunings(planner, stage.finetune, f"stages.{index}.finetune", run)
+        if stage.leaderboard is not None:
+            yield from evaluations(planner, stage.leaderboard, run)
 
 
 def weights_of(run: AnyRun) -> str | None:
     """A digest of the weights that a run starts from; None of pretraining."""
-    if not isinstance(run, FinetuneRun):
+    if isinstance(run, Run):
         return None
     return open_checkpoint(run.after.folder, verify=False).identity
 

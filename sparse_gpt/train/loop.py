@@ -292,6 +292,7 @@ class Trainer:
         newest = self.checkpointer.newest() if settings.on_nonfinite == "rollback" else None
         if newest is None or state.rollbacks >= settings.max_rollbacks:
             tried = f" after {state.rollbacks} rollbacks" if state.rollbacks else ""
+            self.metrics.log("diverged", state.step, {"because": f"{what}{tried}"})
             raise Diverged(
                 f"{what}{tried}; the weights are those of step {good_step}. Lower optimizer.lr, or "
                 "look at the data there"

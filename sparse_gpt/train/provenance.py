@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+CODE = ("sparse_gpt", "launch", "eval", "pyproject.toml")
+
 
 def write_provenance(run_dir: Path, resolved_config: str) -> None:
     """`config.yaml`, `environment.json`, `requirements.txt`, and the git revision and diff."""
@@ -26,10 +28,17 @@ def write_provenance(run_dir: Path, resolved_config: str) -> None:
             torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
         ],
         "git_revision": _git(source, "rev-parse", "HEAD"),
+        "uncommitted": _uncommitted(source),
         "argv": sys.argv,
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
     (run_dir / "git.diff").write_text(_git(source, "diff", "HEAD") or "", encoding="utf-8")
+
+
+def _uncommitted(source: Path) -> list[str] | None:
+    """Files of the code that are not as in the revision; results and notes beside it may change."""
+    status = _git(source, "status", "--porcelain", "--", *CODE)
+    return None if status is None else [line[2:].strip() for line in status.splitlines()]
 
 
 @functools.cache

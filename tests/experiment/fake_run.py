@@ -1,7 +1,7 @@
 """Stands for launch/pretrain.py where a test is of the runner: it trains nothing, in no time.
 
-Every start is a line of `starts` beside the run's folder. A run whose seed is 13 fails; while a
-file `hang` lies there, runs take steps for ever.
+Every start is a line of `starts` beside the run's folder. A run whose seed is 13 fails, one of seed
+14 diverges; while a file `hang` lies there, runs take steps for ever.
 """
 
 import json
@@ -27,13 +27,23 @@ def line(kind: str, step: int) -> str:
     )
 
 
+environment = {
+    "python": "3.11.7 (x)",
+    "git_revision": None,
+    "uncommitted": [],
+    "devices": [],
+    "threads": 1,
+}
+(folder / "environment.json").write_text(json.dumps(environment))
 while (folder.parent / "hang").exists():
     (folder / "metrics.jsonl").write_text(line("train", 5) + "\n")
     time.sleep(0.02)
 steps = config["max_steps"]
+if config["seed"] == 14:
+    gone = {"kind": "diverged", "step": 7, "because": "10 steps in a row"}
+    (folder / "metrics.jsonl").write_text(f"{line('train', 6)}\n{json.dumps(gone)}\n")
+    sys.exit(2)
 (folder / "metrics.jsonl").write_text(f"{line('train', steps)}\n{line('validation', steps)}\n")
-environment = {"python": "3.11.7 (x)", "git_revision": None, "devices": [], "threads": 1}
-(folder / "environment.json").write_text(json.dumps(environment))
 split = {"loss": 4.5, "token_perplexity": 90.0, "word_perplexity": None, "scored_tokens": 10}
 results = {
     "checkpoint_sha256": "0" * 64,

@@ -174,3 +174,26 @@ def test_arms_that_differ_in_lr_alone_make_a_line(tmp_path):
             1e-2: [pytest.approx(4.55)],
         }
     }
+
+
+def test_named_pairs_are_compared_in_every_group_and_across(tmp_path):
+    records = [record("dense", s, 4.0 + s / 9) for s in (1, 2)]
+    records += [record(name, s, 3.9 + s / 8, group="half") for name in ("a", "b") for s in (1, 2)]
+    about = {"baseline": "dense", "compare": [["a", "b"], ["a", "dense"]]}
+    found = comparisons(results_of(tmp_path / "x", records, about=about))
+    assert [(c.arm.name, c.against.name) for c in found] == [("a", "b"), ("a", "dense")]
+    assert comparisons(results_of(tmp_path / "y", records)) == []  # by default those of main
+
+
+def test_records_of_other_runs_than_planned_are_left_out(tmp_path):
+    records = [record("dense", s, 4.0 + s) for s in (1, 2, 3)]
+    keys = ("run", "arm", "label", "seed", "stage", "group")
+    plan = [{key: tree[key] for key in keys} for tree in records[:2]]
+    plan[1]["stale"] = "optimizer.lr: 0.002 -> 0.004"
+    results = results_of(tmp_path / "x", records, plan=plan)
+    (arm,) = arms(results, "pretrain")
+    assert arm.losses("test") == {1: 5.0}
+    said = " ".join(warnings(results))
+    assert "dense-s2.json: of another run than planned: optimizer.lr: 0.002 -> 0.004" in said
+    assert "dense-s3.json: not in the plan" in said
+    assert [run.run for run in results.missing] == ["dense-s2"]

@@ -77,3 +77,21 @@ def test_a_prepared_folder_that_is_not_there(tmp_path):
     made = Corpora(load_experiment(write_experiment(tmp_path, data=data)), tmp_path / "work")
     with pytest.raises(UserError, match=r"data.text.path: nothing at .*; prepare it"):
         made.prepare("text", workers=1)
+
+
+def test_other_texts_are_another_corpus(tmp_path, books, monkeypatch):
+    made = corpora(tmp_path)
+    before = made.prepare("text", workers=1)
+    more = made.prepare("more", workers=1)
+    # The same texts at another place, or none to be found: as it was made.
+    assert made.opened("text") is not None and made.opened("more") is not None
+    monkeypatch.delenv("BOOKS")
+    assert made.opened("text") is not None
+    monkeypatch.setenv("BOOKS", str(books))
+    (books / "3.txt").write_text(document(3) + " and more")
+    assert made.opened("text") is None and made.opened("more") is None
+    after = made.prepare("text", workers=1)
+    assert after.identity != before.identity
+    assert made.prepare("more", workers=1).identity != more.identity
+    (books / "20.txt").write_text(document(20))
+    assert made.opened("text") is None

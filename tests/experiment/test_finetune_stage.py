@@ -36,6 +36,14 @@ TUNING = {
     "deepspeed": {"zero_stage": 0},
     "logging": {"every": 1},
 }
+PAPER = ("dense", "wide50", "wide75")  # rows of Table 21
+CONTROLS = ("static75", "dense_tokens", "dense_wide", "wide_projection")
+TUNED = [
+    f"{arm}, then {mode}"
+    for arm in (*PAPER, *CONTROLS)
+    for mode in ("dense", "sparse")
+    if mode == "dense" or arm in ("wide50", "wide75", "static75")
+]
 
 
 def stages(modes=("dense", "sparse"), **changes):
@@ -70,19 +78,19 @@ def test_the_shipped_experiment_is_table_21_in_small(monkeypatch, tmp_path):
     experiment = load_experiment(ROOT / "configs/experiments/small/spdf.yaml")
     runs: list[Any] = [run for run in all_runs(Planner(experiment, tmp_path)) if run.seed == 1]
     rows = [run.row for run in runs]
-    tuned = [f"wide{s}, then {mode}" for s in (50, 75) for mode in ("dense", "sparse")]
-    assert rows == ["dense", "dense, then dense", "wide50", *tuned[:2], "wide75", *tuned[2:]]
-    assert [run.plan.sparsity for run in runs if run.stage == "pretrain"] == [0.0, 0.5, 0.75]
+    assert [row for row in rows if "then" not in row] == [*PAPER, *CONTROLS]
+    assert [row for row in rows if "then" in row] == TUNED
+    assert [run.plan.sparsity for run in runs if run.stage == "pretrain"] == [
+        *(0.0, 0.5, 0.75),
+        *(0.75, 0.0, 0.0, 0.0),
+    ]
 
 
 def test_table_21_has_the_paper_s_recipe(tmp_path):
     experiment = load_experiment(ROOT / "configs/experiments/table21.yaml")
     runs: list[Any] = all_runs(Planner(experiment, tmp_path))
     tuned = [run for run in runs if run.stage == "finetune"]
-    assert [run.row for run in tuned] == [
-        "dense, then dense",
-        *(f"wide{s}, then {mode}" for s in (50, 75) for mode in ("dense", "sparse")),
-    ]
+    assert [run.row for run in tuned] == TUNED
     for run in tuned:
         config = run.config
         assert config.lr_grid == (5e-3, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
@@ -182,7 +190,15 @@ def test_records(folder, tmp_path):
     assert "the run before it is another" in str(
         records.why_not_done(pretrained_longer[3], corpora)
     )
-    planned(folder)  # the file as it was
+    before = Records(tmp_path).path(runs[2].name)
+    record = json.loads(before.read_text())
+    record["after_data"]["text"]["identity"] = "others"
+    before.write_text(json.dumps(record))
+    assert "the run before it: data.text: other tokens" in str(
+        records.why_not_done(planned(folder)[4], corpora)
+    )
+    record["after_data"]["text"]["identity"] = corpora.opened("text").identity
+    before.write_text(json.dumps(record))
     page = write(tmp_path)
     assert len(read(tmp_path).records) == 3
     assert "Fine-tuned arms" in page.read_text()

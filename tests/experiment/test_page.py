@@ -179,9 +179,16 @@ def test_bad_records_are_refused_by_name_and_the_others_shown(tmp_path):
 def test_the_command_makes_the_page_anew_from_the_records(tmp_path, capsys):
     folder = synthetic.write(tmp_path / "results" / "iso_flop", [synthetic.record("dense", 1, 4.0)])
     config = "configs/experiments/small/iso_flop.yaml"
-    remake_page(Path(__file__).resolve().parents[2] / config, results=folder.parent)
+    shipped = Path(__file__).resolve().parents[2] / config
+    remake_page(shipped, work=tmp_path / "work", results=folder.parent)
     assert capsys.readouterr().out == f"page: {folder / 'index.html'}\n"
-    assert "1 finished run." in Parsed((folder / "index.html").read_text("utf-8")).text
+    text = Parsed((folder / "index.html").read_text("utf-8")).text
+    # The record is of a run that this file does not ask for.
+    assert "Refused: dense-s1.json: of another run than planned: " in text
+    assert "0 of " in text
+    (folder / "runs/dense-s1.json").write_text("[" * 100_000)
+    remake_page(shipped, work=tmp_path / "work", results=folder.parent)
+    assert "Refused: dense-s1.json: " in Parsed((folder / "index.html").read_text("utf-8")).text
 
 
 def test_a_folder_that_is_none_is_an_error(tmp_path):

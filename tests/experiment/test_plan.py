@@ -9,7 +9,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.plan import Planner
 from sparse_gpt.experiment.spec import load_experiment
 from sparse_gpt.model.flops import active_counts, sequence_flops
-from tests.experiment.tiny import WIDE, write_experiment
+from tests.experiment.tiny import BASE, WIDE, write_experiment
 
 V, S, B, STEPS = 257, 16, 4, 12
 DENSE = {"n_layer": 2, "n_head": 2, "d_model": 16, "d_ff": 64}
@@ -36,6 +36,15 @@ def test_runs_of_a_seed_stand_together_and_differ_in_nothing_else(tmp_path):
     assert runs[1].config.sparsity.update.freq == 3  # of the base
     assert runs[0].config.evaluation.final
     assert runs[0].config.data[0].path == tmp_path / "tokens"
+
+
+def test_the_batch_is_stated_where_the_base_leaves_it_to_the_ranks(tmp_path):
+    """Runs are known by their configuration, in which micro batches are free."""
+    (run,) = planner(tmp_path, arms={"dense": {}}).runs()
+    assert (run.config.micro_batch_size, run.config.global_batch_size) == (4, 4)
+    base = {**BASE, "global_batch_size": None}
+    (run,) = planner(tmp_path, arms={"dense": {}}, base=base, ranks=2).runs()
+    assert run.config.global_batch_size == 8
 
 
 def test_flops_and_ratios_are_the_ledgers(tmp_path):

@@ -15,7 +15,9 @@ import pytest
 
 from sparse_gpt.errors import UserError
 from sparse_gpt.experiment import run, runner
+from sparse_gpt.experiment.arms import arms as results_arms
 from sparse_gpt.experiment.lock import Lock
+from sparse_gpt.experiment.results import read
 from tests.experiment.tiny import WIDE, write_experiment
 from tests.ranks import ROOT
 from tests.tiny import write_corpus
@@ -83,12 +85,12 @@ def test_other_data_is_another_run(start, tmp_path):
 
 
 def test_a_failed_run_is_shown_and_the_others_go_on(start, tmp_path):
-    arms = {"dense": {"seeds": [12, 13, 14]}, "sparse": {"seeds": [13, 14], "settings": WIDE}}
+    arms = {"dense": {"seeds": [12, 13, 15]}, "sparse": {"seeds": [13, 15], "settings": WIDE}}
     code, said = start(arms=arms, jobs=2)
     assert code == 1
     assert set(starts(tmp_path)) == {
         f"{arm}-s{s}"
-        for arm, s in [("dense", 12), ("dense", 13), ("dense", 14), ("sparse", 13), ("sparse", 14)]
+        for arm, s in [("dense", 12), ("dense", 13), ("dense", 15), ("sparse", 13), ("sparse", 15)]
     }
     assert "dense-s13 FAILED: exit code 3" in said and "no luck today" in said
     assert "3 of 5 runs done; failed: ['dense-s13', 'sparse-s13']" in said
@@ -98,6 +100,48 @@ def test_a_failed_run_is_shown_and_the_others_go_on(start, tmp_path):
     # What failed is tried again, nothing else.
     start(arms=arms)
     assert sorted(starts(tmp_path)[5:]) == ["dense-s13", "sparse-s13"]
+
+
+def test_a_run_that_diverged_is_a_result(start, tmp_path):
+    arms = {"dense": {"seeds": [1, 14]}, "sparse": {"settings": WIDE}}
+    code, said = start(arms=arms)
+    assert code == 0 and "dense-s14 done in" in said and "diverged: 10 steps in a row" in said
+    lost = record(tmp_path, "dense-s14")
+    assert (lost["loss"], lost["diverged"], lost["steps"]) == ({}, "10 steps in a row", 7)
+    assert (lost["tokens"], lost["flops"]["spent"]) == (64 * 6, 6000)
+    found = results_arms(read(tmp_path / "results/tiny"), "pretrain")
+    (arm,) = [arm for arm in found if arm.name == "dense"]
+    assert arm.diverged() == [14]
+    start(arms=arms)
+    assert starts(tmp_path).count("dense-s14") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config": []}, "a record needs config"),
+        ({"data": "none", "seconds": None}, "a record needs data, seconds"),
+        ({"schema": 2}, "no record of schema 1"),
+    ],
+)
+def test_a_file_that_is_no_record_is_named(start, tmp_path, change, said):
+    start()
+    path = tmp_path / "results/tiny/runs/dense-s1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=rf"dense-s1.json: {said}"):
+        start()
+
+
+def test_the_plan_says_which_records_are_of_other_runs(start, tmp_path):
+    start()
+    arms = {"dense": {}, "sparse": {"settings": {**WIDE, "sparsity.sparsity": 0.5}}}
+    start(arms=arms, only=["dense"])  # the sparse one is not repeated
+    plan = json.loads((tmp_path / "results/tiny/plan.json").read_text())
+    assert {run["run"]: run["stale"] for run in plan} == {
+        "dense-s1": None,
+        "sparse-s1": "sparsity.sparsity: 0.75 -> 0.5",
+    }
+    assert [r.run for r in read(tmp_path / "results/tiny").records] == ["dense-s1"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

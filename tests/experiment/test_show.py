@@ -90,6 +90,9 @@ def test_runs_get_cores_of_their_own(monkeypatch):
     assert cores(2, None) == [(3, 5), (6, 9)]
     assert cores(1, 2) == [(3, 5), (6, 9)]
     assert cores(1, 3) == [(3,), (5,), (6, 9)]
+    # Ranks on other nodes are the launcher's affair.
+    assert [s.cores for s in slots_of(64, None, ["--hostfile", "hosts"])] == [(3, 5, 6, 9)]
+    assert len(slots_of(64, 2, ["--hostfile", "hosts"])) == 2
     assert cores(8, None) == [(3, 5, 6, 9)]
     assert len(cores(1, 6)) == 6
 

@@ -86,6 +86,10 @@ def test_a_bad_loss_is_reported_with_rank_sample_and_layer(corpus, tmp_path):
     assert "; sample 23: tokens " in said and f" of {corpus}, train, document" in said
     assert "gradients of " in said and "the farthest " in said
     assert first["state"]["skipped_steps"] == 1
+    (record,) = records(tmp_path / "run", "diverged")  # the last line: an experiment looks for it
+    assert (record["step"], said.startswith(record["because"])) == (3, True)
+    last = (tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last) == record
 
 
 def test_a_bad_gradient_is_reported_with_the_layer_nearest_the_loss(corpus, tmp_path):
