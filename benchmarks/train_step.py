@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.sparse_linear import has_bf16  # noqa: E402
+from benchmarks.dense_linear import has_bf16  # noqa: E402
 from benchmarks.step_arms import UPDATE_STEP, VOCABULARY, Arm  # noqa: E402
 
 CASES: dict[str, dict[str, Any]] = {

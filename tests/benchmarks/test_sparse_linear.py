@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import sparse_linear
+from benchmarks import dense_linear, sparse_linear
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ def test_it_runs_and_names_what_it_compared_with(tmp_path):
     assert all(row["ratio"] > 0 for row in rows)
     assert all(0.9 < row["flops_over_dense"] < 1.1 for row in rows[:2])
     # Targets of blocks are of bf16, and of fp32 where bf16 is emulated.
-    judged = rows[5] if sparse_linear.has_bf16() else rows[0]
+    judged = rows[5] if dense_linear.has_bf16() else rows[0]
     assert judged["target"] == 1.4 and isinstance(judged["reached"], bool)
     assert rows[1]["target"] == 2.1 and rows[6]["target"] is None
     assert {(d["dtype"], len(d["fastest"])) for d in report["dense"]} == {("fp32", 3), ("bf16", 3)}
@@ -40,6 +40,6 @@ def test_wider_layers_keep_the_work():
 
 def test_setting_aside_one_dnn_is_undone():
     before = torch.backends.mkldnn.enabled
-    with sparse_linear.allowing_one_dnn(False):
+    with dense_linear.allowing_one_dnn(False):
         assert not torch.backends.mkldnn.enabled
     assert torch.backends.mkldnn.enabled == before
