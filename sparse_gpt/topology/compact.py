@@ -22,8 +22,9 @@ from sparse_gpt.ops import BlockLayout
 from sparse_gpt.topology import agreement
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.block_scores import block_scores
-from sparse_gpt.topology.controller import TopologyController, UpdateReport
+from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.growth import GROWTH_SCORES, GrowthScores, own_range, sum_over_all
+from sparse_gpt.topology.interfaces import UpdateReport
 from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.methods import Sets
 from sparse_gpt.topology.scorer import UnitMaker

@@ -18,8 +18,8 @@ their pattern.
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,59 +30,16 @@ from sparse_gpt.ops import BlockLayout, Pattern
 from sparse_gpt.topology import agreement
 from sparse_gpt.topology.bits import Bits, chunks
 from sparse_gpt.topology.ever_active import EverActive
+from sparse_gpt.topology.interfaces import SavedMasks, Together, UnitSource, UpdateReport, call
 from sparse_gpt.topology.keys import NonFiniteScores
 from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.methods import Method, Sets
 from sparse_gpt.topology.scorer import Scorer
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.topology.structure import BlockStructure
-from sparse_gpt.topology.units import Units, UnitSet
+from sparse_gpt.topology.units import UnitSet
 
 log = logging.getLogger(__name__)
-
-
-Together = Callable[[Callable[[], object]], None]
-
-
-def call(action: Callable[[], object]) -> None:
-    """`Together` of one rank alone."""
-    action()
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """One topology update: active units, how many were dropped, and how many of those stayed out.
-
-    `churn` is the share of active units that are new. `growth_bytes`: the most memory that scores
-    of growth took on a rank, where compact storage gathers them.
-    """
-
-    active: int
-    dropped: int
-    replaced: int
-    growth_bytes: int = 0
-
-    @property
-    def churn(self) -> float:
-        return self.replaced / max(1, self.active)
-
-
-class SavedMasks(Protocol):
-    """Where masks are read from: a checkpoint."""
-
-    def mask(self, name: str, start: int, count: int, trained: bool = False) -> Tensor:
-        """bool `[count]`: units `start .. start + count - 1` of a layer's A, or of its B."""
-        ...
-
-
-class UnitSource(Protocol):
-    """What makes the units of layers: `Scorer`, or that of another storage."""
-
-    shapes: dict[str, tuple[int, int]]
-
-    def units(self, names: list[str], index: int, scored: bool, whole_model: bool) -> Units:
-        """See `Scorer.units`."""
-        ...
 
 
 class TopologyController:

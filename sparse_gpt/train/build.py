@@ -25,7 +25,8 @@ from sparse_gpt.run_method import method_of
 from sparse_gpt.sparse_units import Solution
 from sparse_gpt.topology.bits import Bits
 from sparse_gpt.topology.compact import CompactController, DrawnMasks
-from sparse_gpt.topology.controller import SavedMasks, Together, TopologyController
+from sparse_gpt.topology.controller import TopologyController
+from sparse_gpt.topology.interfaces import SavedMasks, Together
 from sparse_gpt.topology.masks import LayerMask, SavedLayer
 from sparse_gpt.topology.scorer import UnitMaker
 from sparse_gpt.topology.shards import Shards

@@ -26,7 +26,7 @@ from sparse_gpt.errors import Stopped, UserError
 from sparse_gpt.model.flops import FlopsLedger
 from sparse_gpt.ops import BlockLayout
 from sparse_gpt.sparse_units import scoring_cost, solve
-from sparse_gpt.topology.controller import SavedMasks, UpdateReport
+from sparse_gpt.topology.interfaces import SavedMasks, UpdateReport
 from sparse_gpt.topology.shards import shards_of
 from sparse_gpt.train import build, unfreezing
 from sparse_gpt.train.checkpoint import Checkpointer

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from sparse_gpt.topology.controller import TopologyController, UpdateReport
+from sparse_gpt.topology.controller import TopologyController
+from sparse_gpt.topology.interfaces import UpdateReport
 from sparse_gpt.train.guard import StepHealth
 from sparse_gpt.train.state import TrainState
 
