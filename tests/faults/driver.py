@@ -1,18 +1,22 @@
 """Pretraining in which one operation on a file of a save is fatal, or refused.
 
-    SAVE_FAULT=WHAT:RANK:SAVE:OPERATION deepspeed tests/faults/driver.py CONFIG
+    SAVE_FAULT=FILE deepspeed tests/faults/driver.py CONFIG
+
+Each save looks for FILE first. It holds WHAT:RANK:OPERATION[:SAVE], and is removed by the rank
+that meets it:
 
 WHAT       kill (SIGKILL; every second one in the middle of the operation), full, read-only or
            gone (the folder of the checkpoints is moved away)
-RANK       the one that meets it, or all
-SAVE       which save of this start, from 1
-OPERATION  which of its operations on files, from 1
+RANK       the one that meets it
+OPERATION  which operation on files, from 1; nothing happens where there are fewer of this rank
+SAVE       which save of this start, from 1; the next one where it is left out
 """
 
 import argparse
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,50 +25,62 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from sparse_gpt.errors import run_main
 from sparse_gpt.train.signals import listen
 
+listen()  # before the slow imports
 
-def arm(fault: str) -> None:
-    """Make the saves of this process meet it."""
+from tests.faults.operations import Operation, watched  # noqa: E402
+from tests.faults.refusals import refusal  # noqa: E402
+
+
+def arm(place: Path) -> None:
+    """Make the saves of this process look there."""
     from sparse_gpt.train.checkpoint import Checkpointer
-    from tests.faults.operations import Operation, watched
-    from tests.faults.refusals import refusal
 
-    what, rank, save, number = fault.split(":")
-    if rank not in ("all", os.environ["RANK"]):
-        return
     inner, saves = Checkpointer.save, 0
-
-    def meet(operation: Operation, folder: Path) -> None:
-        if operation.number != int(number):
-            return
-        print(f"FAULT {what} in {operation.kind} {operation.path}", flush=True)
-        if what == "gone":
-            os.rename(folder, folder.with_name("away"))
-            return
-        if operation.number % 2:
-            operation.tear()
-        if what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        raise refusal(what, folder / operation.path)
 
     def armed(self: Checkpointer, *args: Any, **kwargs: Any) -> Path:
         nonlocal saves
         saves += 1
-        if saves != int(save):
+        fault = read(place, saves)
+        if fault is None:
             return inner(self, *args, **kwargs)
-        with watched(self.folder, lambda operation: meet(operation, self.folder)):
+        place.unlink()
+        with watched(self.folder, partial(meet, *fault, self.folder)):
             return inner(self, *args, **kwargs)
 
     Checkpointer.save = armed
 
 
+def read(place: Path, save: int) -> tuple[str, int] | None:
+    """What this rank is to meet in this save of its start, and at which operation."""
+    try:
+        what, rank, operation, *which = place.read_text().split(":")
+    except FileNotFoundError:
+        return None
+    mine = rank == os.environ["RANK"] and (not which or int(which[0]) == save)
+    return (what, int(operation)) if mine else None
+
+
+def meet(what: str, number: int, folder: Path, operation: Operation) -> None:
+    if operation.number != number:
+        return
+    print(f"FAULT {what} in {operation.kind} {operation.path}", flush=True)
+    if what == "gone":
+        os.rename(folder, folder.with_name("away"))
+        return
+    if operation.number % 2:
+        operation.tear()
+    if what == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    raise refusal(what, folder / operation.path)
+
+
 def main() -> int:
-    listen()
     parser = argparse.ArgumentParser()
     parser.add_argument("config")
     parser.add_argument("--local_rank", type=int, default=0)
     args = parser.parse_args()
     if fault := os.environ.get("SAVE_FAULT"):
-        arm(fault)
+        arm(Path(fault))
     from sparse_gpt.train.pretrain import pretrain
 
     pretrain(args.config)
