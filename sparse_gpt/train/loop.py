@@ -430,7 +430,7 @@ class Trainer:
         if state.best_loss is None or result.loss < state.best_loss:
             state.best_loss, state.bad_validations = result.loss, 0
             if patience:
-                self._save("best")
+                self.save("best")
             return
         state.bad_validations += 1
         if patience and state.bad_validations >= patience:
@@ -440,16 +440,12 @@ class Trainer:
                 f"(best loss {state.best_loss:.4f})"
             )
 
-    def save(self) -> Path:
-        """Save now. A collective."""
-        path = self._save()
+    def save(self, tag: str | None = None) -> Path:
+        """Save now; first the log, a run that goes on repeats none of it. A collective."""
+        on_first_rank(self.metrics.sync, "the log of the run")
+        path = self.checkpointer.save(self.state.step, asdict(self.state), tag)
         self.metrics.say(f"saved      step {self.state.step}  {path}")
         return path
-
-    def _save(self, tag: str | None = None) -> Path:
-        # A run that goes on from here logs none of these steps again.
-        on_first_rank(self.metrics.sync, "the log of the run")
-        return self.checkpointer.save(self.state.step, asdict(self.state), tag)
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restore everything from one checkpoint; returns its manifest. A collective."""

@@ -172,3 +172,26 @@ def vanishing(corpus: str, out: str, place: str) -> str:
             open_checkpoint(away / step_folder(step))
         assert list_steps(away) == [1, 2]
     return said
+
+
+def short_of_a_rank(corpus: str, out: str, how: str) -> str:
+    """A file that a rank wrote is not whole when rank 0 looks for it; what is said."""
+    folder, rank = Path(out) / "checkpoints", dist.get_rank()
+    with trainer(run_config(corpus, out, max_steps=400, stop_at=2, checkpoint__every=1)) as made:
+        made.fit()
+        made.state.step = 3
+        inner = made.checkpointer._write
+
+        def written(temporary: Path, ever: Any) -> Any:
+            result = inner(temporary, ever)
+            path = temporary / "exp_avg-00001.safetensors"
+            if rank == 1 and how == "short":
+                os.truncate(path, path.stat().st_size // 2)
+            elif rank == 1:
+                path.unlink()
+            return result
+
+        made.checkpointer._write = written
+        said = attempt(made, folder, None)
+        assert list_steps(folder) == [1, 2] and len(list(folder.iterdir())) == 2
+    return said

@@ -5,7 +5,7 @@ import pytest
 from tests.faults import tally
 from tests.faults.kills import losses
 from tests.faults.operations import WRITING
-from tests.faults.refusals import every_place, log_on_a_full_disk, vanishing
+from tests.faults.refusals import every_place, log_on_a_full_disk, short_of_a_rank, vanishing
 from tests.ranks import run_ranks
 
 ALL = (*WRITING, "rename", "unlink", "rmdir")
@@ -49,3 +49,10 @@ def test_a_folder_that_is_gone_is_not_made_anew(corpus, tmp_path, place):
         assert str(folder) in said
         assert "gone" in said or "No such file" in said
     tally.add("folders that vanished in a run")
+
+
+@pytest.mark.parametrize("how", ["missing", "short"])
+def test_a_file_that_did_not_arrive_is_seen_before_anything_is_published(corpus, tmp_path, how):
+    for said in run_ranks(2, short_of_a_rank, corpus, str(tmp_path / "run"), how):
+        assert "step 3 was not saved" in said
+        assert "exp_avg-00001.safetensors" in said

@@ -37,6 +37,16 @@ def disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)
 
 
+def free(disk):
+    state = os.statvfs(disk)
+    return state.f_bavail * state.f_frsize
+
+
+def allocate(path, size):
+    with open(path, "wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+
+
 def refused(made, step):
     """A save of that step; what was said, or nothing where it was made."""
     made.state.step = step
@@ -67,9 +77,7 @@ def filling(corpus, disk):
 
             def prepared(temporary, room=room):
                 prepare(temporary)
-                state = os.statvfs(disk)
-                with open(filler, "wb") as file:
-                    os.posix_fallocate(file.fileno(), 0, state.f_bavail * state.f_frsize - room)
+                allocate(filler, free(disk) - room)
 
             made.checkpointer._prepare = prepared
             said = refused(made, 3)
@@ -139,3 +147,31 @@ def test_a_disk_that_is_unmounted_in_a_run(corpus, disk):
     for said in run_ranks(2, unmounted, corpus, str(disk)):
         assert f"{disk}/run/checkpoints" in said and "gone" in said
     tally.add("folders that vanished in a run")
+
+
+def restarted(corpus, disk):
+    """A disk that is full of what a killed save left: a start clears it before it asks for room."""
+    folder = Path(disk) / "run/checkpoints"
+    with trainer(start(corpus, f"{disk}/run")) as made:
+        made.fit()
+        needed = made.checkpointer.bytes_needed()
+        dist.barrier()
+        if dist.get_rank() == 0:
+            (folder / "step-00000003.tmp").mkdir()
+            allocate(folder / "step-00000003.tmp/master-00000.safetensors", needed)
+            allocate(Path(disk) / "filler", free(disk) - needed // 4)
+        dist.barrier()
+        made.checkpointer.check_space(best=False)
+        dist.barrier()
+        assert list_steps(folder) == [1, 2]
+        if dist.get_rank() == 0:
+            allocate(Path(disk) / "more", free(disk) - needed // 4)
+        dist.barrier()
+        with pytest.raises(UserError, match="MB are free") as caught:
+            made.checkpointer.check_space(best=False)
+    return str(caught.value)
+
+
+def test_what_a_killed_save_left_takes_no_room_from_the_next_start(corpus, disk):
+    for said in run_ranks(2, restarted, corpus, str(disk)):
+        assert f"{disk}/run/checkpoints" in said
