@@ -185,7 +185,7 @@ def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=60, help="of the run that meets faults")
     parser.add_argument("--out", type=Path, help="where the summary goes, as JSON")
     parser.add_argument("--seed", type=int, default=1)

@@ -28,5 +28,5 @@ def test_a_folder_and_those_above_it_are_made_once(tmp_path):
         make_folder(tmp_path / "a/b/c")
     assert (tmp_path / "a/b/c").is_dir()
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileExistsError):
         make_folder(tmp_path / "file/b")

@@ -47,8 +47,9 @@ def fork(action: Callable[[], Any], meet: Path) -> tuple[int, int]:
 def _join(meet: Path) -> None:
     """A new default group in the place of the parent's, whose threads are not here."""
     import torch.distributed as dist
-    from torch.distributed import distributed_c10d as c10d
+    from torch.distributed import distributed_c10d
 
+    c10d: Any = distributed_c10d  # its private parts: there is no public way
     rank, world_size = dist.get_rank(), dist.get_world_size()
     kept.append(c10d._world.default_pg)  # its destructor would wait for those threads
     dist.GroupMember.WORLD = None
