@@ -35,7 +35,7 @@ test-all: venv
 	@$(IN_VENV) $(PYTEST) $(PYTEST_ARGS)
 
 test-faults: venv
-	@$(IN_VENV) $(PYTEST) tests/crash tests/train/test_signals.py tests/train/test_watch.py \
+	@$(IN_VENV) $(PYTEST) tests/faults tests/crash tests/train/test_signals.py tests/train/test_watch.py \
 		tests/train/test_nonfinite.py tests/test_supervise.py $(PYTEST_ARGS)
 
 check: venv

@@ -1,10 +1,13 @@
 """Files that are there whole or not at all, also after a power cut; and their digests."""
 
+import ctypes
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 def fsync_path(path: Path) -> None:
@@ -14,6 +17,25 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """A folder and those above it, as far as they are not there; a power cut takes none of them."""
+    if path.is_dir():
+        return
+    make_folder(path.parent)
+    path.mkdir(exist_ok=True)
+    fsync_path(path.parent)
+
+
+def exchange(first: Path, second: Path) -> None:
+    """Each gets the other's name, both at once. `OSError` where the file system cannot do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        raise OSError(f"{first}: this system has no renameat2")
+    if rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), str(first), None, str(second))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from sparse_gpt.durable import fsync_path
 from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.train import checkpoint_files as files
+from sparse_gpt.train.checkpoint_folder import CheckpointFolder
 from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.manifest import FORMAT, write_manifest
@@ -39,6 +39,7 @@ class Checkpointer:
     ) -> None:
         """`identity`: what a resumed run must share; see `Trainer` and `drift.check_drift`."""
         self.folder, self.keep_last = folder, keep_last
+        self.disk = CheckpointFolder(folder)
         self.shards, self.controller = shards, controller
         self.gpt_config, self.identity, self.young = gpt_config, identity, young
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -63,7 +64,7 @@ class Checkpointer:
         errors = [report[0] for report in reports if report[0]]
         if errors:
             self._on_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
-            raise UserError(f"checkpoint of step {step} was not saved: {'; '.join(errors)}")
+            raise UserError(self._not_saved(step, "; ".join(errors)))
         entries = {key: entry for report in reports for key, entry in report[1].items()}
         final = self.folder / name
         digest = self.controller.digest()
@@ -76,14 +77,23 @@ class Checkpointer:
     def _on_first(self, action: Callable[[], None]) -> None:
         on_first_rank(action, f"checkpoint folder {self.folder}")
 
+    def _not_saved(self, step: int, problem: object) -> str:
+        return (
+            f"checkpoint folder {self.folder}: step {step} was not saved: {problem}. The "
+            "checkpoints before it are as they were: mend that, and start the run again"
+        )
+
     def check_space(self, best: bool) -> None:
         """Before a run: room for the checkpoints it will keep, one in the making included."""
-        there = len(files.list_steps(self.folder)) + len(files.list_steps(self.folder, "best"))
-        copies = max(1, self.keep_last + 1 + 2 * best - there)
-        self._on_first(lambda: self._check_free(copies))
+
+        def check() -> None:
+            self.disk.ready()  # what a killed save left takes no room
+            there = len(files.list_steps(self.folder)) + len(files.list_steps(self.folder, "best"))
+            self._check_free(max(1, self.keep_last + 1 + 2 * best - there))
+
+        self._on_first(check)
 
     def _check_free(self, copies: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
         needed, free = copies * self.bytes_needed(), shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
@@ -92,9 +102,7 @@ class Checkpointer:
             )
 
     def _prepare(self, temporary: Path) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob("*.tmp"):  # of a save that was killed
-            shutil.rmtree(leftover)
+        self.disk.ready()
         self._check_free(1)
         temporary.mkdir()
 
@@ -170,32 +178,25 @@ class Checkpointer:
             "files": entries,
             **self.identity,
         }
-        write_manifest(temporary, manifest)
-        if final.exists():  # a step done again after resuming from an earlier one
-            final.rename(final.with_name(final.name + ".old.tmp"))
-        temporary.rename(final)
-        fsync_path(self.folder)
-        for leftover in self.folder.glob("*.old.tmp"):
-            shutil.rmtree(leftover)
-        tag = final.name.split("-")[0]
-        others = [
-            self.folder / files.step_folder(other, tag)
-            for other in files.list_steps(self.folder, tag)
-        ]
-        # A tag names one checkpoint, the one saved last; steps stay for keep_last of them.
-        stale = others[: -self.keep_last] if tag == "step" else others
-        for folder in stale:
-            if folder != final:  # never half a checkpoint under a checkpoint's name
-                old = folder.with_name(folder.name + ".old.tmp")
-                folder.rename(old)
-                shutil.rmtree(old)
+        try:
+            write_manifest(temporary, manifest)
+            replaced = self.disk.publish(temporary, final)
+        except (OSError, UserError) as problem:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"step {step} was not saved: {problem}") from None
+        try:
+            self.disk.retire(final, replaced, self.keep_last)
+        except OSError as problem:
+            raise UserError(
+                f"{final.name} is saved, but older checkpoints could not be removed: {problem}"
+            ) from None
 
     def newest(self, tag: str = "step") -> Path | None:
         """The newest published checkpoint (of a tag), as rank 0 sees it. A collective."""
 
         def find() -> str | None:
-            steps = files.list_steps(self.folder, tag)
-            return str(self.folder / files.step_folder(steps[-1], tag)) if steps else None
+            found = self.disk.newest(tag)
+            return str(found) if found else None
 
         found = on_first_rank(find, f"checkpoint folder {self.folder}")
         return Path(found) if found else None

@@ -36,7 +36,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.ops import BlockLayout, Pattern, power
 from sparse_gpt.topology.masks import SavedLayer
-from sparse_gpt.train.manifest import read_manifest
+from sparse_gpt.train.manifest import NAME, read_manifest
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -50,7 +50,10 @@ def write_tensors(
     path: Path, tensors: dict[str, np.ndarray], ranges: dict[str, tuple[int, int]] | None = None
 ) -> dict[str, Any]:
     """Write one file durably; returns its manifest entry `{size, sha256}`."""
-    save_file(tensors, path, metadata={"ranges": json.dumps(ranges or {})})
+    try:
+        save_file(tensors, path, metadata={"ranges": json.dumps(ranges or {})})
+    except SafetensorError as error:  # it names no file
+        raise OSError(f"{path}: {error}") from None
     fsync_path(path)
     return {"size": path.stat().st_size, "sha256": sha256_file(path)}
 
@@ -102,6 +105,17 @@ class CheckpointReader:
         self._ranges: dict[str, dict[str, list[tuple[int, int, str]]]] = {}
 
     def _check_files(self) -> None:
+        named = re.fullmatch(r"[a-z]+-(\d{8})", self.path.name)
+        if named and int(named[1]) != self.manifest["step"]:
+            raise UserError(
+                f"broken checkpoint {self.path}: its {NAME} is that of step {self.manifest['step']}"
+            )
+        there = {entry.name for entry in self.path.iterdir() if not entry.name.startswith(".")}
+        for name in sorted(there - self.files.keys() - {NAME}):
+            raise UserError(
+                f"broken checkpoint {self.path}: {name} is not of this checkpoint; move it away "
+                "if it was put there by hand"
+            )
         for name, entry in self.files.items():
             file = self.path / name
             if Path(name).name != name:

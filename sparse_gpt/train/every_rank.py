@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch.distributed as dist
 
 from sparse_gpt.config import RunConfig
+from sparse_gpt.durable import make_folder
 from sparse_gpt.errors import UserError
 from sparse_gpt.train.build import open_sources
 from sparse_gpt.train.first_rank import on_first_rank
@@ -88,7 +89,7 @@ def check_nodes(config: RunConfig) -> None:
 
 
 def _leave_probe(folder: Path) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     # A name that no node can remember as missing.
     name = f".probe-{uuid.uuid4().hex}"
     (folder / name).touch()

@@ -22,6 +22,7 @@ from sparse_gpt.data.loader import (
 )
 from sparse_gpt.data.order import derive_key
 from sparse_gpt.data.tokenizer import copy_tokenizer
+from sparse_gpt.durable import make_folder
 from sparse_gpt.errors import Stopped, UserError
 from sparse_gpt.model.flops import FlopsLedger
 from sparse_gpt.ops import BlockLayout
@@ -96,7 +97,7 @@ class Trainer:
         self._start(source)
 
     def _claim_run_dir(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.run_dir)
         probe = self.run_dir / ".probe"
         probe.touch()
         probe.unlink()
@@ -430,7 +431,7 @@ class Trainer:
         if state.best_loss is None or result.loss < state.best_loss:
             state.best_loss, state.bad_validations = result.loss, 0
             if patience:
-                self.checkpointer.save(step, asdict(state), tag="best")
+                self.save("best")
             return
         state.bad_validations += 1
         if patience and state.bad_validations >= patience:
@@ -440,9 +441,10 @@ class Trainer:
                 f"(best loss {state.best_loss:.4f})"
             )
 
-    def save(self) -> Path:
-        """Save now. A collective."""
-        path = self.checkpointer.save(self.state.step, asdict(self.state))
+    def save(self, tag: str | None = None) -> Path:
+        """Save now; first the log, a run that goes on repeats none of it. A collective."""
+        on_first_rank(self.metrics.sync, "the log of the run")
+        path = self.checkpointer.save(self.state.step, asdict(self.state), tag)
         self.metrics.say(f"saved      step {self.state.step}  {path}")
         return path
 

@@ -2,9 +2,11 @@
 
 Only rank 0 speaks. `metrics.jsonl` holds one object a line, `kind` is `train`, `validation`,
 `topology`, `nonfinite`, `spike` or `rollback`; a resumed run first drops the lines after the step
-it resumes from, so the file is always one clean curve.
+it resumes from, so the file is always one clean curve. Lines that a full disk does not take wait
+in memory; no checkpoint is saved before they, too, are on the disk.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -15,7 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparse_gpt.config import LoggingConfig
+from sparse_gpt.durable import fsync_path, write_text
 from sparse_gpt.errors import UserError
+from sparse_gpt.train.board import Board
 
 FORMATS = {
     "loss": "{:.4f}",
@@ -50,8 +54,11 @@ class Metrics:
             return
         self.path = run_dir / "metrics.jsonl"
         self._file: Any = None
+        self._waiting = b""  # lines that are not in the file yet
+        self._troubled = False
         self._run_dir, self._config, self._name = run_dir, config, name
         self._wandb: Any = None
+        self._board: Board | None = None
         self.console = Console(stderr=False, highlight=False, soft_wrap=True)
 
     def start(self, step: int) -> None:
@@ -84,38 +91,37 @@ class Metrics:
         if not self.active:
             return
         self._file.close()
-        self._board.close()
+        self._close_board()
+        self._waiting = b""  # of steps after that: what came before was written with its checkpoint
         self._open(step)
         self.advance(step)
 
     def _open(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self._trim(step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        folder = self._run_dir / "tensorboard"
-        self._board = SummaryWriter(str(folder), purge_step=step + 1)
+        # Unbuffered: what a write did not take is known.
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        fsync_path(self._run_dir)  # its name
+        self._board = Board(self._run_dir / "tensorboard", step)
 
     def _trim(self, step: int) -> None:
         if not self.path.exists():
             return
         kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:  # the half-written last line of a killed run
+            except ValueError:  # half written by a killed run, or torn by a power cut
                 continue
-            if record.get("step", 0) <= step:
+            if isinstance(record, dict) and record.get("step", 0) <= step:
                 kept.append(line + "\n")
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(kept))
 
     def say(self, message: str) -> None:
         """One plain line."""
         if self.active:
-            self.console.print(message, markup=False)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # a full disk, or whoever read it is gone
+                self.console.print(message, markup=False)
+                sys.stdout.flush()
 
     def advance(self, step: int) -> None:
         """Move the bar, where there is one."""
@@ -127,11 +133,15 @@ class Metrics:
         if not self.active:
             return
         record = {"kind": kind, "step": step, **values}
-        self._file.write(json.dumps(_plain(record)) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(_plain(record)).encode() + b"\n"
+        try:
+            self._write_waiting()
+        except OSError as problem:
+            if not self._troubled:
+                self.say(f"warning: {self.path}: {problem}; its lines wait until the next save")
+            self._troubled = True
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float)}
-        for key, value in numbers.items():
-            self._board.add_scalar(f"{kind}/{key}", value, step)
+        self._draw({f"{kind}/{key}": value for key, value in numbers.items()}, step)
         if self._wandb is not None:
             self._wandb.log({f"{kind}/{key}": v for key, v in numbers.items()}, step=step)
         shown = "  ".join(
@@ -141,6 +151,32 @@ class Metrics:
         )
         self.say(f"{kind:<10} step {step}/{self.total_steps}  {shown}")
 
+    def sync(self) -> None:
+        """All that was logged is on the disk; `OSError` where it cannot be."""
+        if self.active and self._file is not None:
+            self._write_waiting()
+            os.fsync(self._file.fileno())
+            self._troubled = False
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
+
+    def _draw(self, numbers: dict[str, float], step: int) -> None:
+        if self._board is None:
+            return
+        try:
+            self._board.add(numbers, step)
+        except OSError as problem:
+            self.say(f"warning: TensorBoard gets no more points of this start: {problem}")
+            self._close_board()
+
+    def _close_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with contextlib.suppress(OSError):
+                board.close()
+
     def close(self) -> None:
         """Flush and end; safe to call twice."""
         if not self.active:
@@ -149,8 +185,10 @@ class Metrics:
             self._progress.stop()
             self._progress = None
         if self._file is not None:
+            with contextlib.suppress(OSError):  # then no checkpoint is of these lines' steps
+                self._write_waiting()
             self._file.close()
-            self._board.close()
+            self._close_board()
             self._file = None
         if self._wandb is not None:
             self._wandb.finish()
