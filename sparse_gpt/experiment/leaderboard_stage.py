@@ -4,7 +4,6 @@ The evaluation is a process of its own, on the cores that it inherits: it import
 read the environment once, and a kill of it loses the answers of the last half minute alone.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pydantic import Field
 from sparse_gpt.config import Positive, Section
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.checkpoint import export_checkpoint
+from sparse_gpt.json_file import read_object
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "eval" / "leaderboard.py"
@@ -70,7 +70,7 @@ def evaluate(run: Path, name: str, out: Path, stage: LeaderboardStage) -> dict[s
         raise UserError(
             f"{name}: the leaderboard's evaluation ended with {code}:\n" + "\n".join(tail)
         )
-    return part(json.loads((out / f"{name}.leaderboard.json").read_text(encoding="utf-8")))
+    return part(read_object(out / f"{name}.leaderboard.json"))
 
 
 def part(result: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ A record that cannot be read, is of another schema or does not fit the others is
 the rest is shown: files may have come from another machine or another version.
 """
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -236,6 +237,14 @@ def read(folder: Path) -> Results:
     name, records = _of_one_experiment(records, refused)
     about, plan = _read_about(folder, refused), _read_plan(folder, refused)
     return Results(name or folder.resolve().name, folder, about, plan, records, refused)
+
+
+def checked(tree: dict[str, Any]) -> Record:
+    """A record from what JSON held. Raises `UserError` saying which keys are not those of one."""
+    try:
+        return Record.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise UserError(_reason(error)) from None
 
 
 def _of_one_experiment(records: list[Record], refused: list[str]) -> tuple[str, list[Record]]:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sparse_gpt.config import LoggingConfig
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import parse_object
 
 FORMATS = {
     "loss": "{:.4f}",
@@ -102,10 +103,11 @@ class Metrics:
         kept = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                record = json.loads(line)
+                record = parse_object(line)
             except ValueError:  # the half-written last line of a killed run
                 continue
-            if record.get("step", 0) <= step:
+            at = record.get("step", 0)
+            if isinstance(at, int) and at <= step:
                 kept.append(line + "\n")
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(kept), encoding="utf-8")
