@@ -26,7 +26,7 @@ from eval.model_folder import ModelFolder, check_tokenizer
 from eval.progress import Progress
 from eval.templates import compiled_once
 from sparse_gpt.errors import UserError
-from sparse_gpt.hf.stock import check_folder
+from sparse_gpt.hf.stock import check_folder, naming
 
 # lm-eval's defaults, which the stock command uses too.
 SEEDS = {
@@ -181,7 +181,7 @@ def open_model(
     is shared where it knows the model.
     """
     check_folder(folder.path)
-    with QuietLogs():
+    with QuietLogs(), naming(folder.path):
         model = CountingModel(
             pretrained=str(folder.path),
             device=resolve_device(device),

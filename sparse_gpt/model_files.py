@@ -82,7 +82,8 @@ def _weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: weight_map is missing")
     files = sorted({str(name) for name in names.values()})
     for name in files:
-        if Path(name).name != name or not name.endswith(".safetensors"):
+        plain = Path(name).name == name and len(name) <= 200
+        if not plain or not name.endswith(".safetensors"):
             raise UserError(
                 f"{index}: weight_map: {name[:80]!r} is no name of a safetensors file beside it"
             )

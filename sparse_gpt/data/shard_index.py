@@ -16,6 +16,7 @@ FORMAT = "sparse_gpt-tokens"
 VERSION = 1
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
+MAX_VOCABULARY = 2**30  # each token is a row of the embedding
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -52,8 +53,8 @@ class ShardIndex(_Strict):
     format: Literal["sparse_gpt-tokens"]
     version: Literal[1]
     dtype: Literal["uint16", "uint32"]
-    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
-    eos_id: Annotated[int, Field(ge=0, lt=2**32)]
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
+    eos_id: Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]
     tokenizer_sha256: Digest
     source: dict[str, Any]
     options: dict[str, Any]
@@ -90,7 +91,7 @@ def read_index(folder: Path) -> ShardIndex:
         raise UserError(f"{path} is not valid JSON ({error}); prepare the data again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path} is not an index of prepared data")
-    if raw.get("version") != VERSION:
+    if type(raw.get("version")) is not int or raw["version"] != VERSION:
         raise UserError(
             f"{path} has format version {raw.get('version')!r:.40}, this code reads {VERSION}; "
             "prepare the data again"

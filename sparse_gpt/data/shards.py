@@ -160,7 +160,11 @@ def open_data(
     of its tokens only by `verify`. Raises UserError saying what is wrong with which file.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UserError(f"data path {str(path)[:200]}: {error.strerror}") from None
+    if is_folder:
         for key, value in (("vocab_size", vocab_size), ("tokenizer", tokenizer)):
             if value is not None:
                 raise UserError(

@@ -240,7 +240,7 @@ def _stored_tensors(folder: Path, before: str) -> dict[str, _Stored]:
             raise UserError(f"{index}: weight_map is missing")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
-            if Path(file).name != file:
+            if Path(file).name != file or len(file) > 200:
                 raise UserError(f"{index}: weight_map: {file[:80]!r} is a path, not a file name")
     else:
         files = [WEIGHTS_FILE]

@@ -1,5 +1,7 @@
 """A Hugging Face folder read by stock `transformers`, without code, pickles or network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,8 @@ from sparse_gpt.model_files import check_weights, refuse_code
 
 # Of a folder, and nothing else: a file that is missing would be looked for on the hub.
 _OURS: Any = {"local_files_only": True, "trust_remote_code": False}
-_BAD = (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError)
+_BAD = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+_BAD += (RuntimeError, SafetensorError)
 
 
 def stock_model(folder: Path, **options: Any) -> Any:
@@ -22,12 +25,21 @@ def stock_model(folder: Path, **options: Any) -> Any:
 
     import sparse_gpt.hf.model  # noqa: F401  (registers our own model type)
 
-    try:
+    with naming(folder):
         return AutoModelForCausalLM.from_pretrained(
             folder, use_safetensors=True, **_OURS, **options
         )
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """What libraries raise of a broken model becomes a `UserError` that names its folder."""
+    try:
+        yield
+    except UserError:
+        raise
     except _BAD as error:
-        raise UserError(f"{folder}: {_line(error)}") from None
+        raise UserError(f"{folder}: {_line(error)}") from error
 
 
 def check_folder(folder: Path) -> None:

@@ -66,7 +66,7 @@ class Transform:
         if not isinstance(self.sizes, Mapping):
             raise ValueError(f"sizes {self.sizes!r} is not a mapping from layers to numbers")
         least = 0 if self.member == "doped" else 1
-        most = MAX_BRANCHES if self.member == "parallel" else 2**40
+        most = MAX_BRANCHES if self.member == "parallel" else 2**30
         for layer, size in self.sizes.items():
             if type(size) is not int or size < least:
                 raise ValueError(f"{self.member} {layer}: size {size!r:.40} is not {least} or more")

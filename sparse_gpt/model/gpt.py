@@ -25,6 +25,7 @@ from sparse_gpt.model.loss import IGNORE, head_loss
 from sparse_gpt.ops import BlockLayout
 
 MAX_LAYERS = 1_000
+MAX_SIZE = 2**30  # of a side: the number of elements of a matrix fits into 64 bits
 _SIZES = ("n_layer", "n_head", "d_model", "d_ff", "vocab_size", "n_positions")
 
 
@@ -55,7 +56,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         for name in _SIZES:
-            size, most = getattr(self, name), MAX_LAYERS if name == "n_layer" else 2**40
+            size, most = getattr(self, name), MAX_LAYERS if name == "n_layer" else MAX_SIZE
             if type(size) is not int or not 1 <= size <= most:
                 raise ValueError(f"{name} {size!r:.40} is not a number from 1 to {most}")
         for name in ("dropout", "layer_norm_epsilon", "init_std"):
@@ -73,7 +74,7 @@ class GPTConfig:
         if self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
         if self.d_embed is not None and (
-            type(self.d_embed) is not int or not 1 <= self.d_embed <= 2**40
+            type(self.d_embed) is not int or not 1 <= self.d_embed <= MAX_SIZE
         ):
             raise ValueError(f"d_embed {self.d_embed!r:.40} is not a positive number")
         if self.transform is not None:

@@ -114,8 +114,8 @@ class CheckpointReader:
     def _check_files(self) -> None:
         for name, entry in self.files.items():
             file = self.path / name
-            if Path(name).name != name:
-                raise UserError(f"broken checkpoint {self.path}: file name {name[:80]!r} is a path")
+            if Path(name).name != name or len(name) > 200:
+                raise UserError(f"broken checkpoint {self.path}: file name {name[:80]!r} is none")
             if not file.is_file():
                 raise UserError(f"broken checkpoint {self.path}: {name[:80]!s} is missing")
             if file.resolve().parent != self.path.resolve():

@@ -66,7 +66,7 @@ class Manifest(_Strict):
     topology_digest: str  # see TopologyController.digest
     files: dict[str, FileEntry]
     config: dict[str, Any]
-    eos_id: Annotated[int, Field(ge=0, lt=2**32)] | None = None
+    eos_id: Annotated[int, Field(ge=0, lt=2**30)] | None = None
     optimizer_steps: Count | None = None
     phase_steps: list[Count] | None = None  # of the parameters of each phase of unfreezing
     world_size: Count | None = None
