@@ -3,6 +3,7 @@
 For folders that stock `transformers` will read. Nothing here imports torch or transformers.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ _SETTINGS = (
     "processor_config.json",
 )
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
-_WIDTHS = ("vocab_size", "n_embd", "d_model", "hidden_size")
-_LAYERS = ("n_layer", "num_hidden_layers")
+PACKED = 8  # weights in one number, where they are quantised
 
 
 def refuse_code(folder: Path) -> None:
@@ -51,24 +51,44 @@ def refuse_code(folder: Path) -> None:
 
 
 def check_weights(folder: Path, config: dict[str, Any]) -> None:
-    """Raise `UserError` unless the weights are whole safetensors files of the folder, of a size
-    that `config` may describe. Reads headers alone."""
-    sides: list[int] = []
+    """Raise `UserError` unless the weights are whole safetensors files of the folder, and as many
+    as `config` describes. Reads headers alone.
+
+    `transformers` makes what it does not find, or finds in another shape, at random, however large.
+    """
+    tensors = elements = 0
     for path in _weight_files(folder):
         try:
             with safe_open(path, "numpy") as handle:
                 for name in handle.keys():  # noqa: SIM118
-                    sides.append(max(handle.get_slice(name).get_shape(), default=1))
+                    tensors += 1
+                    elements += math.prod(handle.get_slice(name).get_shape())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a safetensors file: {error}") from None
-    for keys, most, what in (
-        (_LAYERS, len(sides), "there are {} tensors in all"),
-        (_WIDTHS, max(sides, default=0), "no tensor is longer than {}"),
-    ):
-        for key in keys:
-            if isinstance(config.get(key), int) and config[key] > most:
-                where = f"{folder / 'config.json'}: {key} is {config[key]!s:.40}"
-                raise UserError(f"{where}, but {what.format(most)}")
+    layers, weights = _described(config)
+    if layers > tensors or weights > elements:
+        raise UserError(
+            f"{folder / 'config.json'}: it describes {layers} layers and at least {weights} "
+            f"weights, but the files hold {tensors:,} tensors of {elements:,}"
+        )
+
+
+def _described(config: dict[str, Any]) -> tuple[int, int]:
+    """Layers of a model, and fewer weights than it has, whatever kind it is."""
+
+    def size(*keys: str) -> int:
+        given = (config.get(key) for key in keys)
+        return next((n for n in given if isinstance(n, int) and n > 0), 0)
+
+    width, layers = size("n_embd", "d_model", "hidden_size"), size("n_layer", "num_hidden_layers")
+    inner = size("n_inner", "d_ff", "intermediate_size")
+    weights = width * (size("vocab_size") + layers * inner)
+    if config.get("model_type") == "gpt2":
+        inner = inner or 4 * width
+        return layers, width * (size("vocab_size") + size("n_positions")) + layers * (
+            4 * width**2 + 2 * width * inner
+        )
+    return layers, weights // PACKED
 
 
 def _weight_files(folder: Path) -> list[Path]:

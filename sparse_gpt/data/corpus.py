@@ -183,9 +183,9 @@ def dataset_splits(name: str, config: str | None) -> list[str]:
 
 
 def _open_dataset(name: str, config: str | None) -> Any:
-    datasets = _import_datasets()
     if Path(name).is_dir():
         refuse_code(Path(name), f"--dataset {name}")
+    datasets = _import_datasets()
     try:
         # Streaming: nothing is copied to a cache, and only what is read is downloaded.
         builder = datasets.load_dataset_builder(name, config)
@@ -195,7 +195,7 @@ def _open_dataset(name: str, config: str | None) -> Any:
     except UserError:
         raise
     except Exception as error:  # the library raises many types; the user sees its message
-        detail = str(error).strip().split("\n")[0] or type(error).__name__
+        detail = str(error).strip().split("\n")[0][:500] or type(error).__name__
         raise UserError(
             f"--dataset {name} (--config {config}) cannot be opened: {detail}"
         ) from error

@@ -16,7 +16,8 @@ from sparse_gpt.json_file import parse
 
 # No text expands like this: gzip's most is 1,032-fold, of zeros, and a text's usual 3- to 10-fold.
 MAX_EXPANSION = 200
-FREE_BYTES = 1 << 28  # decompressed before the expansion is looked at
+_PIECE = 1 << 20
+FREE_BYTES = 1 << 26  # decompressed before the expansion is looked at
 EXTENSIONS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -69,9 +70,11 @@ def read_texts(
             for number, line in enumerate(_long_lines(path, file, limit), start=1):
                 yield _decode(line, encoding, f"{path} line {number}")
         else:
-            content = file.read(limit + 1)
-            if len(content) > limit:
-                raise UserError(f"{path} is a document of more than {limit:,} bytes; split it")
+            content = bytearray()  # a read of `limit` bytes would take them at once
+            while piece := file.read(_PIECE):
+                content += piece
+                if len(content) > limit:
+                    raise UserError(f"{path} is a document of more than {limit:,} bytes; split it")
             yield _decode(content, encoding, str(path))
 
 
@@ -102,7 +105,7 @@ class _ZstdReader(io.RawIOBase):
     """
 
     # Small, because one byte can expand to 32 KiB: bounds the memory a hostile file can take.
-    _CHUNK = 4096
+    _CHUNK = 1024
 
     def __init__(self, raw: BinaryIO):
         self._raw, self._frame, self._ready = raw, None, memoryview(b"")
@@ -156,7 +159,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _decode(content: bytes, encoding: str, where: str) -> str:
+def _decode(content: bytes | bytearray, encoding: str, where: str) -> str:
     try:
         text = content.decode(encoding)
     except LookupError as error:

@@ -58,19 +58,17 @@ class Tokenizer:
         self._spec = _canonical(spec)
         self.eos_token = eos_token
         self._sentencepiece = sentencepiece
+        model = self._spec.get("model")
+        _check_ids(model.get("vocab") if isinstance(model, dict) else None)
         canonical = _canonical_json(self._spec)
         self._backend = Backend.from_str(canonical)
         self.sha256 = _digest(canonical, eos_token)
         ids = self._backend.get_vocab(with_added_tokens=True).values()
         self.vocab_size = max(ids, default=-1) + 1
-        if self.vocab_size > 2 * len(ids) + SPARE_IDS:  # each id is a row of the embedding
-            raise UserError(
-                f"tokenizer: {len(ids)} tokens, but ids up to {self.vocab_size - 1}; number its "
-                "tokens from 0"
-            )
+        _check_count(len(ids), self.vocab_size - 1)
         eos_id = self._backend.token_to_id(eos_token)
         if eos_id is None:
-            raise UserError(f"tokenizer: the end token {eos_token!r} is not in its vocabulary")
+            raise UserError(f"tokenizer: the end token {eos_token[:60]!r} is not in its vocabulary")
         self.eos_id = eos_id
         self._separable = _splits_at_blanks(self._spec)
 
@@ -123,6 +121,20 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["spec"], state["eos"], state["sentencepiece"])
+
+
+def _check_ids(vocab: Any) -> None:
+    """Of a vocabulary {token: id}, before the library makes a table as long as the largest."""
+    if isinstance(vocab, dict):
+        ids = [i for i in vocab.values() if type(i) is int]
+        _check_count(len(ids), max(ids, default=0))
+
+
+def _check_count(tokens: int, largest: int) -> None:
+    if largest >= 2 * tokens + SPARE_IDS:  # each id is a row of the embedding
+        raise UserError(
+            f"tokenizer: {tokens} tokens, but ids up to {largest}; number its tokens from 0"
+        )
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -311,6 +323,7 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         raise UserError(f"tokenizer: {folder / 'vocab.json'} has no {END_OF_TEXT}")
 
     def make() -> Tokenizer:
+        _check_ids(vocab)
         return _with_end_token(_byte_level(vocab, merges, regex=True), END_OF_TEXT)
 
     return _built(folder / "vocab.json", make)

@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 
 from sparse_gpt.data.tokenizer import LARGEST_FILE
 from sparse_gpt.errors import UserError
+from sparse_gpt.hf.layout import MODEL_TYPE
+from sparse_gpt.hf.load import ImportedWeights
 from sparse_gpt.json_file import read_bytes, read_object
 from sparse_gpt.model_files import check_weights, refuse_code
 
@@ -50,6 +52,8 @@ def check_folder(folder: Path) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     check_weights(folder, config)
+    if config.get("model_type") == MODEL_TYPE:
+        ImportedWeights(folder)  # every name and shape
 
 
 def stock_tokenizer(folder: Path) -> Any:

@@ -13,8 +13,8 @@ from eval.answers import Answers
 from eval.model_folder import open_folders
 from sparse_gpt.data import corpus
 from sparse_gpt.data.shards import open_data
-from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.data.text_files import read_texts
+from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.hf.stock import stock_model

@@ -15,7 +15,7 @@ model: {n_layer: 2, n_head: 2, d_model: 64}
 TAGS = {
     "apply": 'name: !!python/object/apply:os.mkdir ["MARKER"]',
     "new": 'name: !!python/object/new:os.mkdir ["MARKER"]',
-    "state": 'name: !!python/object/apply:builtins.exec ["import os; os.mkdir(\'MARKER\')"]',
+    "state": "name: !!python/object/apply:builtins.exec [\"import os; os.mkdir('MARKER')\"]",
     "module": "name: !!python/module:antigravity",
     "name": "name: !!python/name:os.system",
     "tuple": "name: !!python/tuple [1]",
