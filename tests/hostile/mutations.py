@@ -11,7 +11,8 @@ EXTREMES: list[Any] = [
     *(None, True, False, 0, 1, -1, 2, 3, 255, 256, 2**31 - 1, 2**31, 2**32, 2**53, 2**62),
     *(2**63 - 1, 2**63, 2**64, 2**127, 10**100, -(2**31), -(2**63), -(10**30)),
     *(0.0, -0.0, 0.5, 1.0, 1.5, -1.5, 1e-300, 1e300, float("inf"), float("-inf"), float("nan")),
-    *("", " ", "\0", "a\0b", "../../x", "/etc/passwd", ".", "..", "x" * 3000, "\ud800", "\U0010ffff"),
+    *("", " ", "\0", "a\0b", "../../x", "/etc/passwd", ".", "..", "x" * 3000, "\ud800"),
+    "\U0010ffff",
     *("1", "nan", "null", "{}", "1e400", "a\nb", "\x1b[31m", "<<", "*a", "!!int", "%s%n", "$HOME"),
     *([], {}, [[]], [None], {"a": {}}, [1, 2, 3], ["", 0], {"": 0}, DEEP),
 ]  # fmt: skip
@@ -72,7 +73,9 @@ def spoilt_tree(rng: random.Random, tree: Any) -> Any:
             if from_ in other if isinstance(other, dict) else from_ < len(other):
                 node[key] = json.loads(json.dumps(other[from_]))
         elif kind == 5 and isinstance(node, dict):
-            node[rng.choice([key + "x", key[:-1], key.upper(), "", "\0", "__class__"])] = node.pop(key)
+            node[rng.choice([key + "x", key[:-1], key.upper(), "", "\0", "__class__"])] = node.pop(
+                key
+            )
         elif kind == 6 and isinstance(node, list):
             node[key:key] = node[: rng.choice([1, 3])]
         elif isinstance(node[key], int | float) and not isinstance(node[key], bool):
