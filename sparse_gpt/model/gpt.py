@@ -22,7 +22,7 @@ from sparse_gpt.ift.layers import transformed_linear
 from sparse_gpt.model.flops import layer_shapes
 from sparse_gpt.model.linear import SparseLinear, linears
 from sparse_gpt.model.loss import IGNORE, head_loss
-from sparse_gpt.ops import BlockLayout
+from sparse_gpt.ops import ACTIVATIONS, BlockLayout
 
 MAX_LAYERS = 1_000
 MAX_SIZE = 2**30  # of a side: the number of elements of a matrix fits into 64 bits
@@ -61,10 +61,11 @@ class GPTConfig:
                 raise ValueError(f"{name} {size!r:.40} is not a number from 1 to {most}")
         for name in ("dropout", "layer_norm_epsilon", "init_std"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name} {value!r:.40} is not a number from 0 on")
-        if not isinstance(self.activation, str):
-            raise ValueError(f"activation {self.activation!r:.40} is not the name of one")
+            most = 1 if name == "dropout" else math.inf
+            if not isinstance(value, int | float) or not 0 <= value < most:
+                raise ValueError(f"{name} {value!r:.40} is not a number from 0 to below {most}")
+        if self.activation not in tuple(ACTIVATIONS):
+            raise ValueError(f"activation {self.activation!r:.40} is none of {tuple(ACTIVATIONS)}")
         if not isinstance(self.activation_checkpointing, bool):
             raise ValueError("activation_checkpointing is neither true nor false")
         if self.loss_chunk is not None and (

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = {"config": 400, "index": 700, "manifest": 500, "shard": 300, "folder": 400, "record": 700}
-MANY = {"config": 20_000, "index": 25_000, "manifest": 20_000, "shard": 10_000, "folder": 15_000,
-        "record": 20_000}  # fmt: skip
+MANY = {"config": 12_000, "index": 30_000, "manifest": 15_000, "shard": 7_000, "folder": 10_000,
+        "record": 28_000}  # fmt: skip
 MAX_GROWTH = 512  # MiB of resident memory, over all cases
 
 

@@ -22,7 +22,6 @@ from sparse_gpt.hf.stock import stock_model, stock_tokenizer
 from sparse_gpt.train.checkpoint_files import open_checkpoint
 from sparse_gpt.train.results import read_results
 
-
 # What reads it: the file below a folder, and the reader given that folder.
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "index": ("index.json", open_data),
