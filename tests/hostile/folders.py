@@ -12,18 +12,30 @@ from sparse_gpt.data.tokenizer import byte_tokenizer
 from sparse_gpt.durable import sha256_file
 from sparse_gpt.hf import export_folder
 from sparse_gpt.model.gpt import GPT, GPTConfig
-from sparse_gpt.train.manifest import write_manifest
+from sparse_gpt.train.manifest import digest_of, write_manifest
 
 
-def resign(folder: Path, edit: Callable[[dict[str, Any]], object] | None = None) -> None:
+def resign(folder: Path, edit: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
     """Make a checkpoint's manifest say what its files are now, and that after `edit`."""
+    manifest = signed(folder)
+    edit(manifest)
+    write_manifest(folder, manifest)
+
+
+def signed(folder: Path) -> dict[str, Any]:
+    """A checkpoint's manifest with the sizes and digests of its files as they are, and its own."""
     manifest = json.loads((folder / "manifest.json").read_text())
     for path in folder.glob("*.safetensors"):
         entry = {"size": path.stat().st_size, "sha256": sha256_file(path)}
         manifest["files"][path.name] = entry
-    if edit is not None:
-        edit(manifest)
-    write_manifest(folder, manifest)
+    return {**manifest, "sha256": digest_of(manifest)}
+
+
+def put(path: Path, content: bytes) -> None:
+    """Write a file as a new one: what is cut to nothing and written again goes to the disk at once,
+    which takes ten times as long as the reading."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
 
 
 def gpt2_folder(folder: Path) -> Path:

@@ -19,7 +19,7 @@ from sparse_gpt.train.checkpoint_files import CheckpointReader, open_checkpoint
 from tests.data.fixtures import make_folder, random_documents
 from tests.experiment import synthetic
 from tests.hf.checkpoints import sparse_model, write_run
-from tests.hostile.folders import gpt2_folder, resign
+from tests.hostile.folders import gpt2_folder, put, signed
 from tests.hostile.mutations import spoilt_bytes, spoilt_tree, text_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,9 +40,9 @@ class Config:
 
     def spoil(self, rng: random.Random) -> None:
         if rng.random() < 0.5:
-            self.path.write_bytes(spoilt_bytes(rng, rng.choice(self.texts)))
+            put(self.path, spoilt_bytes(rng, rng.choice(self.texts)))
         else:
-            self.path.write_bytes(text_of(rng, spoilt_tree(rng, rng.choice(self.trees))))
+            put(self.path, text_of(rng, spoilt_tree(rng, rng.choice(self.trees))))
 
     def read(self) -> RunConfig:
         return load_config(self.path)
@@ -69,7 +69,7 @@ class Index:
         self.spoilt = "index.json"
 
     def spoil(self, rng: random.Random) -> None:
-        (self.folder / self.spoilt).write_bytes(self.valid[self.spoilt])
+        put(self.folder / self.spoilt, self.valid[self.spoilt])
         draw = rng.random()
         self.spoilt = "index.json"
         if draw < 0.6:
@@ -77,7 +77,7 @@ class Index:
         else:
             self.spoilt = "index.json" if draw < 0.85 else rng.choice(list(self.valid))
             content = spoilt_bytes(rng, self.valid[self.spoilt])
-        (self.folder / self.spoilt).write_bytes(content)
+        put(self.folder / self.spoilt, content)
 
     def read(self) -> TokenData:
         return open_data(self.folder)
@@ -107,15 +107,15 @@ class Manifest:
 
     def spoil(self, rng: random.Random) -> None:
         if rng.random() < 0.25:
-            self.path.write_bytes(spoilt_bytes(rng, self.valid))
+            put(self.path, spoilt_bytes(rng, self.valid))
             return
         tree = spoilt_tree(rng, self.tree)
-        self.path.write_bytes(text_of(rng, tree))
+        put(self.path, text_of(rng, tree))
         if isinstance(tree, dict):
             from sparse_gpt.train.manifest import digest_of
 
             text = text_of(rng, {**tree, "sha256": digest_of(tree)})
-            self.path.write_bytes(text)
+            put(self.path, text)
 
     def read(self) -> CheckpointReader:
         return read_whole(self.folder)
@@ -173,10 +173,10 @@ class Shard:
         self.spoilt = files[0]
 
     def spoil(self, rng: random.Random) -> None:
-        self.spoilt.write_bytes(self.valid[self.spoilt])
+        put(self.spoilt, self.valid[self.spoilt])
         self.spoilt = rng.choice(list(self.valid))
-        self.spoilt.write_bytes(spoilt_safetensors(rng, self.valid[self.spoilt]))
-        resign(self.folder)
+        put(self.spoilt, spoilt_safetensors(rng, self.valid[self.spoilt]))
+        put(self.folder / "manifest.json", json.dumps(signed(self.folder)).encode())
 
     def read(self) -> CheckpointReader:
         return read_whole(self.folder)
@@ -196,7 +196,7 @@ class Folder:
         self.shapes = {name: t.shape for name, t in load_file(self.path).items()}
 
     def spoil(self, rng: random.Random) -> None:
-        self.path.write_bytes(spoilt_safetensors(rng, self.valid))
+        put(self.path, spoilt_safetensors(rng, self.valid))
 
     def read(self) -> Any:
         return import_folder(self.folder)
@@ -223,9 +223,9 @@ class Record:
     def spoil(self, rng: random.Random) -> None:
         tree = dict(rng.choice(self.trees), run="set75-s2")
         if rng.random() < 0.3:
-            self.path.write_bytes(spoilt_bytes(rng, json.dumps(tree).encode()))
+            put(self.path, spoilt_bytes(rng, json.dumps(tree).encode()))
         else:
-            self.path.write_bytes(text_of(rng, spoilt_tree(rng, tree)))
+            put(self.path, text_of(rng, spoilt_tree(rng, tree)))
 
     def read(self) -> Any:
         read = results.read(self.folder)
