@@ -15,7 +15,7 @@ help:
 	@echo 'make demo      train, resume, export, evaluate and fine-tune a small model'
 	@echo 'make test      the tests, without network'
 	@echo 'make test-all  the slow ones too'
-	@echo 'make test-faults  runs that meet faults'
+	@echo 'make test-faults  runs that meet faults, and hostile files'
 	@echo 'make check     ruff (lint and format) and pyright'
 	@echo 'make bench     the benchmarks'
 	@echo 'make venv      .venv with everything installed; the targets above do it by themselves'
@@ -36,7 +36,7 @@ test-all: venv
 
 test-faults: venv
 	@$(IN_VENV) $(PYTEST) tests/faults tests/crash tests/train/test_signals.py tests/train/test_watch.py \
-		tests/train/test_nonfinite.py tests/test_supervise.py $(PYTEST_ARGS)
+		tests/train/test_nonfinite.py tests/test_supervise.py tests/hostile $(PYTEST_ARGS)
 
 check: venv
 	@$(IN_VENV) ruff check . && ruff format --check . && pyright

@@ -26,6 +26,7 @@ from eval.model_folder import ModelFolder, check_tokenizer
 from eval.progress import Progress
 from eval.templates import compiled_once
 from sparse_gpt.errors import UserError
+from sparse_gpt.hf.stock import check_folder, naming
 
 # lm-eval's defaults, which the stock command uses too.
 SEEDS = {
@@ -179,12 +180,14 @@ def open_model(
     "auto". scorer: "shared" computes common beginnings once, "stock" is HFLM's own way, "auto"
     is shared where it knows the model.
     """
-    with QuietLogs():
+    check_folder(folder.path)
+    with QuietLogs(), naming(folder.path):
         model = CountingModel(
             pretrained=str(folder.path),
             device=resolve_device(device),
             dtype=torch_dtype(dtype),
             batch_size=batch_size,
+            trust_remote_code=False,
         )
     tokenizer: Any = model.tokenizer
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:

@@ -15,6 +15,7 @@ import yaml
 
 from eval.environment import QuietLogs
 from eval.settings import nearest
+from sparse_gpt.data.corpus import refuse_code
 from sparse_gpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ def check_mirror(mirror: Path, tasks: list[LeaderboardTask]) -> Path:
                 f"--data {mirror}: {task.title} is missing: expected the folder {folder}, as "
                 f"`hf download --repo-type dataset {task.folder}` leaves it"
             )
+        refuse_code(folder, f"--data {mirror}: {task.title}")
         if not any(folder.rglob("*.parquet")):
             raise UserError(f"--data {mirror}: {task.title}: no parquet file under {folder}")
     return mirror.resolve()

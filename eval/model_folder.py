@@ -4,13 +4,14 @@ Nothing here but `exported` imports torch, so bad input is refused before anythi
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_json
+from sparse_gpt.model_files import PICKLES, refuse_code
 
 METADATA_FILE = "sparse_gpt.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json")
@@ -121,9 +122,10 @@ def _check(path: Path) -> dict[str, Any]:
             "(make one from a checkpoint with launch/export_hf.py)"
         )
     config = _read_json(path / "config.json")
+    refuse_code(path)
     weights = ("model.safetensors", "model.safetensors.index.json")
     if not any((path / name).is_file() for name in weights):
-        pickled = sorted(file.name for file in path.glob("*.bin"))
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         extra = f"; {pickled[0]} is a pickle and is not loaded" if pickled else ""
         raise UserError(f"{path} has no weights: expected {' or '.join(weights)}{extra}")
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
@@ -136,8 +138,8 @@ def _check(path: Path) -> dict[str, Any]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = read_json(path, unique=False)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(value).__name__}")

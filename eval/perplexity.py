@@ -124,16 +124,15 @@ def evaluate_folder(
     dtype: str = "auto",
 ) -> report.Result:
     """The result of one folder on one text; None takes the model's positions and half of them."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import sparse_gpt.hf.model  # noqa: F401  (registers our own model type)
     from eval import text_source
+    from sparse_gpt.hf.stock import check_folder, stock_model, stock_tokenizer
 
     start = time.monotonic()
     longest = _positions(folder, max_length)
     stride = max(1, longest // 2) if stride is None else stride
     next(windows(1, longest, stride))  # refuses a wrong stride before the model is loaded
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder.path)
+    check_folder(folder.path)
+    tokenizer = stock_tokenizer(folder.path)
     check_tokenizer(folder, tokenizer)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{folder.path}: the tokenizer names no eos token, which begins documents")
@@ -152,9 +151,7 @@ def evaluate_folder(
     if not tokens:
         raise UserError(f"{text.label}: the text has no tokens")
     words, bytes_ = text_source.total(text, documents)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        folder.path, dtype=torch_dtype(dtype), use_safetensors=True
-    )
+    model = stock_model(folder.path, dtype=torch_dtype(dtype))
     model.to(resolve_device(device)).eval()
     nll = score_stream(
         model, stream, counted, max_length=longest, stride=stride, batch_size=batch_size

@@ -49,9 +49,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from eval.leaderboard_report import leaderboard_table
 from eval.markdown import percent, table
 from sparse_gpt.errors import UserError, run_main
+from sparse_gpt.json_file import read_json
 
 Result = dict[str, Any]
 SCHEMA = 1
+LARGEST_RESULT = 64 << 20  # bytes; what each of 14,000 questions scored is some 100 kB
 
 
 def write_result(out: Path, file_name: str, result: Result) -> Path:
@@ -77,13 +79,22 @@ def write_table(out: Path, kind: str, text: str) -> Path:
 def read_result(path: Path | str) -> Result:
     """Read one result file; `UserError` for anything else."""
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        result = read_json(path, LARGEST_RESULT)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read result file {path}: {error}") from None
-    if not isinstance(result, dict) or result.get("kind") not in TABLES:
+    if not isinstance(result, dict) or result.get("kind") not in tuple(TABLES):
         raise UserError(f"{path} is no result of eval/leaderboard.py, local_task.py, perplexity.py")
     if result.get("schema") != SCHEMA:
-        raise UserError(f"{path}: result schema {result.get('schema')!r}, this program reads 1")
+        raise UserError(f"{path}: result schema {result.get('schema')!r:.40}, this program reads 1")
+    model, notes = result.get("model"), result.get("notes")
+    if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+        raise UserError(f"{path}: model.name is missing")
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise UserError(f"{path}: notes is no list of sentences")
+    try:
+        TABLES[result["kind"]]([result])
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"{path}: not a whole result: {error!r:.200}") from None
     return result
 
 

@@ -21,6 +21,7 @@ from eval.leaderboard_tasks import LeaderboardTask
 from eval.model_folder import ModelFolder
 from sparse_gpt.durable import sha256_file, write_json
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_object
 
 KEY_LENGTH = 12
 HUB = "Hugging Face Hub"
@@ -66,7 +67,11 @@ class RunFolder:
 
     def model(self) -> dict[str, Any]:
         """What `describe` was told of the model."""
-        return _read(self.path / "run.json")["model"]
+        path = self.path / "run.json"
+        model = _read(path).get("model")
+        if not isinstance(model, dict):
+            raise UserError(f"{path} says nothing of the model; remove its folder")
+        return model
 
     def answers(self, name: str) -> Path:
         """The file of an lm-eval task's answers."""
@@ -85,6 +90,8 @@ class RunFolder:
         record = _read(path)
         if record.get("run_sha256") != self.sha256:
             raise UserError(f"{path} belongs to another run; remove it, or choose another --out")
+        if not {"data_sha256", "entry", "seconds"} <= record.keys():
+            raise UserError(f"{path} is no record of a task; remove it to evaluate again")
         if record["data_sha256"] != data:
             print(f"{name}: the data has changed, so it is evaluated again", file=sys.stderr)
             return None
@@ -93,6 +100,6 @@ class RunFolder:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}; remove it to evaluate again") from None

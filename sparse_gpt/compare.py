@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_gpt.config_file import read_tree
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import parse_object
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def read_run(folder: Path) -> RunCurve:
     """Read a run folder. Raises `UserError` where it holds no validation yet."""
     path = folder / "metrics.jsonl"
     try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        records = [parse_object(line) for line in path.read_text(encoding="utf-8").splitlines()]
         points = [record for record in records if record["kind"] == "validation"]
         trained = [record for record in records if record["kind"] == "train"]
         if not points or not trained:
@@ -63,7 +64,8 @@ def read_run(folder: Path) -> RunCurve:
 
 def _iso_flop(config: Path) -> str:
     """What of a run costs as much as in the dense model, by its resolved configuration."""
-    ift = (read_tree(config).get("ift") or {}) if config.is_file() else {}
+    ift = read_tree(config).get("ift") if config.is_file() else {}
+    ift = ift if isinstance(ift, dict) else {}
     if ift.get("member", "none") == "none":
         return "-"
     return {"layer": "per layer", "model": "whole run"}.get(ift.get("iso_flop", "layer"), "-")

@@ -2,6 +2,9 @@
 
 Unknown keys are errors that name the nearest known key; types are strict (`n_layer: true` is
 refused); duplicate YAML keys are refused; `6e-4` is a number.
+
+A file may come from anywhere. It holds text, numbers, lists and mappings, nothing with a tag, and
+what it comes to with its aliases written out is bounded, as are its size and its numbers.
 """
 
 import difflib
@@ -18,32 +21,89 @@ from pydantic import BaseModel, ValidationError
 from sparse_gpt.config import RunConfig
 from sparse_gpt.errors import UserError
 
-MAX_VALUES = 100_000  # in one file; a configuration has a few hundred
+MAX_BYTES = 1 << 18  # of one file; a configuration has a few thousand
+MAX_VALUES = 20_000  # in one file; a configuration has a few hundred
+MAX_DEPTH = 100  # of values in values
+LETTERS = 100  # so many letters of a text count as one value more
+MAX_BITS = 128  # of an integer
+MAX_PROBLEMS = 5  # named in one error
 
 Schema = typing.TypeVar("Schema", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads `6e-4` as a number and refuses duplicate keys."""
+    """SafeLoader of plain values: `6e-4` is a number; tags and duplicate keys are refused."""
+
+    events = 0
+
+    def get_event(self) -> Any:
+        event: Any = super().get_event()
+        tag = getattr(event, "tag", None)
+        if tag is not None:
+            raise UserError(f"{_where(event)}: {tag[:60]!r}: a value must not have a tag")
+        self.events += 1
+        if self.events > 2 * MAX_VALUES:  # lists and mappings have an end, too
+            raise UserError(f"{_where(event)}: more than {MAX_VALUES} values")
+        return event
+
+    def fetch_flow_collection_start(self, TokenClass: Any) -> None:
+        # The scanner looks ahead, in a time that grows with the square of what is open.
+        if self.flow_level >= MAX_DEPTH:
+            raise UserError(f"line {self.line + 1}: nested too deeply")
+        super().fetch_flow_collection_start(TokenClass)
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
+    seen: set[str] = set()
     for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, str):
-            raise UserError(f"{_where(key_node)}: keys must be text, got {key!r}")
+        if key_node.tag != _TEXT:
+            # The node's own text: a key that is built may be a tree of aliases without end.
+            shown = repr(key_node.value[:60]) if key_node.id == "scalar" else f"a {key_node.id}"
+            raise UserError(f"{_where(key_node)}: keys must be text, got {shown}")
+        key = _text(loader, key_node)
         if key in seen:
-            raise UserError(f"{_where(key_node)}: key {key!r} is given twice")
+            raise UserError(f"{_where(key_node)}: key {key[:60]!r} is given twice")
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
-def _where(node: yaml.Node) -> str:
-    return f"line {node.start_mark.line + 1}"
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    text = loader.construct_yaml_str(node)
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{_where(node)}: {text[:60]!r}: NUL and lone surrogates are no text")
+    return text
 
 
+def _int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    _refuse_base_60(node)
+    number = loader.construct_yaml_int(node)
+    if number.bit_length() > MAX_BITS:
+        raise UserError(f"{_where(node)}: an integer of more than {MAX_BITS} bits")
+    return number
+
+
+def _float(loader: _Loader, node: yaml.ScalarNode) -> float:
+    _refuse_base_60(node)
+    return loader.construct_yaml_float(node)
+
+
+def _refuse_base_60(node: yaml.ScalarNode) -> None:
+    if ":" in node.value:  # YAML 1.1 reads 1:30 as 90
+        raise UserError(
+            f"{_where(node)}: {node.value[:60]} would be a number to the base 60; put it in quotes"
+        )
+
+
+def _where(place: Any) -> str:
+    """The line of a node or an event."""
+    return f"line {place.start_mark.line + 1}"
+
+
+_TEXT = yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor(_TEXT, _text)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -66,21 +126,26 @@ def parse_yaml(text: str, where: str) -> Any:
         return tree
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())[:500]}") from None
 
 
 def _expanded_size(tree: Any, known: dict[int, int]) -> int:
     """Values in a tree with every alias written out; refuses absurd and endless ones."""
     if not isinstance(tree, dict | list):
-        return 1
+        return 1 + (len(tree) // LETTERS if isinstance(tree, str) else 0)
     if id(tree) not in known:
         known[id(tree)] = MAX_VALUES + 1  # what a list or mapping that holds itself comes to
-        children = tree.values() if isinstance(tree, dict) else tree
-        known[id(tree)] = 1 + sum(_expanded_size(child, known) for child in children)
+        children = [*tree.keys(), *tree.values()] if isinstance(tree, dict) else tree
+        known[id(tree)] = sum(_expanded_size(child, known) for child in children)
     if known[id(tree)] > MAX_VALUES:
-        raise UserError(f"aliases (*name) expand to more than {MAX_VALUES} values")
-    return known[id(tree)]
+        raise UserError(
+            f"more than {MAX_VALUES} values (or as many times {LETTERS} letters), with aliases "
+            "(*name) written out"
+        )
+    return 1 + known[id(tree)]
 
 
 def load_config(path: Path | str, overrides: tuple[str, ...] | list[str] = ()) -> RunConfig:
@@ -95,10 +160,14 @@ def load_config(path: Path | str, overrides: tuple[str, ...] | list[str] = ()) -
 def read_tree(path: Path | str, overrides: tuple[str, ...] | list[str] = ()) -> dict[str, Any]:
     """The raw tree of a YAML file with the overrides applied, not yet validated."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(path, "rb") as file:  # may be a pipe
+            content = file.read(MAX_BYTES + 1)
+        if len(content) > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes are no configuration")
+        text = content.decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"config file not found: {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read config file {path}: {error}") from None
     tree = parse_yaml(text, str(path))
     if tree is None:
@@ -141,8 +210,9 @@ def validate(schema: type[Schema], tree: dict[str, Any], where: str) -> Schema:
         # Through JSON: strict, yet a list is a tuple and a text is a path.
         return schema.model_validate_json(json.dumps(tree, allow_nan=True))
     except ValidationError as error:
-        lines = [_explain(problem, schema) for problem in error.errors(include_url=False)]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
+        raise UserError(f"{where}: {_explained(error, schema)}") from None
+    except RecursionError:
+        raise UserError(f"{where}: it is nested too deeply") from None
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {error}") from None
 
@@ -152,12 +222,19 @@ def construct(schema: type[Schema], where: str, **fields: Any) -> Schema:
     try:
         return schema(**fields)
     except ValidationError as error:
-        lines = [_explain(problem, schema) for problem in error.errors(include_url=False)]
-        raise UserError(f"{where}: " + "; ".join(lines)) from None
+        raise UserError(f"{where}: {_explained(error, schema)}") from None
+
+
+def _explained(error: ValidationError, schema: type[BaseModel]) -> str:
+    """Its problems in words, the first few of many."""
+    problems = error.errors(include_url=False)
+    lines = [_explain(problem, schema) for problem in problems[:MAX_PROBLEMS]]
+    more = len(problems) - len(lines)
+    return "; ".join(lines) + (f"; and {more} more" if more else "")
 
 
 def _explain(problem: Any, schema: type[BaseModel]) -> str:
-    location = ".".join(str(part) for part in problem["loc"])
+    location = ".".join(str(part)[:80] for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _known_keys(schema, problem["loc"][:-1])
         nearest = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)

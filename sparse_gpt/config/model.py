@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from sparse_gpt.config.section import Fraction, Positive, Section
+from sparse_gpt.model.gpt import MAX_LAYERS
 
 
 class ModelConfig(Section):
@@ -15,7 +16,7 @@ class ModelConfig(Section):
     """
 
     preset: str | None = None
-    n_layer: Positive | None = None
+    n_layer: Annotated[int, Field(gt=0, le=MAX_LAYERS)] | None = None
     n_head: Positive | None = None
     d_model: Positive | None = None
     d_ff: Positive | None = None

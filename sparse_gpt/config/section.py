@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**63 - 1)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 

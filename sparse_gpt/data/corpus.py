@@ -18,6 +18,10 @@ from sparse_gpt.errors import UserError
 
 MAX_DOCUMENT_BYTES = 1 << 30
 STDLIB_BYTES = 10_000_000
+CODE: dict[str, str] = {
+    **dict.fromkeys((".py", ".pyc", ".so"), "Python code"),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth"), "a pickle"),
+}
 _STDLIB_SKIPPED = {
     "test",
     "tests",
@@ -181,20 +185,48 @@ def dataset_splits(name: str, config: str | None) -> list[str]:
 
 
 def _open_dataset(name: str, config: str | None) -> Any:
+    if Path(name).is_dir():
+        refuse_code(Path(name), f"--dataset {name}")
     datasets = _import_datasets()
-    if Path(name).is_dir() and list(Path(name).glob("*.py")):
-        raise UserError(
-            f"--dataset {name} holds Python code; data sets that run code are refused (convert it "
-            "to parquet, or give its files to --input)"
-        )
     try:
         # Streaming: nothing is copied to a cache, and only what is read is downloaded.
-        return datasets.load_dataset(name, config, streaming=True)
+        builder = datasets.load_dataset_builder(name, config)
+        if Path(name).is_dir():
+            _check_inside(Path(name), builder.config.data_files)
+        return builder.as_streaming_dataset()
+    except UserError:
+        raise
     except Exception as error:  # the library raises many types; the user sees its message
-        detail = str(error).strip().split("\n")[0] or type(error).__name__
+        detail = str(error).strip().split("\n")[0][:500] or type(error).__name__
         raise UserError(
             f"--dataset {name} (--config {config}) cannot be opened: {detail}"
         ) from error
+
+
+def refuse_code(folder: Path, where: str) -> None:
+    """Raise `UserError` for a data set's folder with Python code or pickles anywhere in it.
+
+    The libraries run neither; a set that comes with them means them to be run.
+    """
+    for path in sorted(folder.rglob("*")):
+        what = CODE.get(path.suffix.lower())
+        if what is not None:
+            raise UserError(
+                f"{where} holds {what} ({path.relative_to(folder)}); data sets that run code are "
+                "refused (convert it to parquet, or give its files to --input)"
+            )
+
+
+def _check_inside(folder: Path, data_files: Any) -> None:
+    """Refuse a set whose README names files elsewhere, on this machine or another."""
+    for split, names in (data_files or {}).items():
+        for name in names:
+            # A mirror made by links (the hub's cache) leads out of its folder by them alone.
+            if not Path(os.path.abspath(name)).is_relative_to(os.path.abspath(folder)):
+                raise UserError(
+                    f"--dataset {folder}: its README.md takes split {split} from {name!s:.200}, "
+                    "outside its folder; give that to --input"
+                )
 
 
 def _dataset_rows(source: Source) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_gpt.data.shard_index import MAX_VOCABULARY
 from sparse_gpt.data.shards import TokenData, TokenSplit
 from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_gpt.errors import UserError
@@ -74,6 +75,11 @@ def open_megatron(
         raise UserError(
             f"data path {prefix}: vocab_size {vocab_size} is smaller than the {id_limit} tokens of "
             f"tokenizer {tokenizer}; drop vocab_size or make it at least that"
+        )
+    if max(id_limit, vocab_size or 0) > MAX_VOCABULARY:
+        raise UserError(
+            f"data path {prefix}: a vocabulary of {max(id_limit, vocab_size or 0):,} tokens; at "
+            f"most {MAX_VOCABULARY:,} can be trained: the file is damaged, or vocab_size is wrong"
         )
     where = str(prefix)
     splits = {}

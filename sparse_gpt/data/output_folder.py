@@ -6,7 +6,6 @@ preparation leaves the old data where it is; killed in the instant between the t
 the exchange, it leaves it beside, and the next preparation puts it back.
 """
 
-import json
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ from sparse_gpt.data.shard_index import FORMAT, INDEX_FILE, TOKENIZER_FOLDER
 from sparse_gpt.data.tokenizer import CANONICAL_FILES, SENTENCEPIECE_FILE
 from sparse_gpt.durable import fsync_path
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_json
 
 _OWN_FILE = re.compile(
     r"[a-z][a-z0-9_]*-\d{5}\.bin|[a-z][a-z0-9_]*\.doc\.(npy|tmp)|index\.json(\.tmp)?"
@@ -103,8 +103,8 @@ def _check_place(out: Path, place: Path, overwrite: bool) -> None:
 def _has_index(folder: Path) -> bool:
     """Whether its index.json is one of prepared data, of whatever version."""
     try:
-        raw = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, ValueError):
+        raw = read_json(folder / INDEX_FILE)
+    except (FileNotFoundError, ValueError):
         return False
     return isinstance(raw, dict) and raw.get("format") == FORMAT
 

@@ -10,6 +10,7 @@ The converted fast tokenizer gives the ids of the sentencepiece library, except:
 
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -33,6 +34,7 @@ _NAME_CHARACTERS = "<>x0123456789ABCDEFunk"
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _UNIGRAM, _BPE = 1, 2
+LONGEST_PIECE = 1_000  # characters; the trainer makes them of 16, and no option gives hundreds
 
 
 def training_lines(texts: Iterator[str]) -> Iterator[str]:
@@ -101,13 +103,19 @@ def convert_sentencepiece(content: bytes, where: str) -> tuple[dict[str, Any], s
         proto.ParseFromString(content)
     except DecodeError as error:
         raise UserError(f"tokenizer: {where} is not a sentencepiece model ({error})") from error
-    pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
+    try:
+        pieces = [(p.piece, p.score, p.type) for p in proto.pieces]
+    except UnicodeDecodeError as error:
+        raise UserError(f"tokenizer: {where}: a piece is not text ({error})") from error
     if not pieces:
         raise UserError(f"tokenizer: {where} is not a sentencepiece model (it has no pieces)")
+    _check_pieces(pieces, where)
     eos = proto.trainer_spec.eos_piece
     if (eos, _CONTROL) not in {(piece, kind) for piece, _, kind in pieces}:
         raise UserError(f"tokenizer: {where} has no end symbol {eos!r}; a document needs one")
-    unknown = next(i for i, (_, _, kind) in enumerate(pieces) if kind == _UNKNOWN)
+    unknown = next((i for i, (_, _, kind) in enumerate(pieces) if kind == _UNKNOWN), None)
+    if unknown is None:
+        raise UserError(f"tokenizer: {where} has no unknown symbol")
 
     backend = Backend(_model(proto.trainer_spec, pieces, unknown, where))
     backend.normalizer = _normalizer(proto.normalizer_spec, where)  # pyright: ignore[reportAttributeAccessIssue]
@@ -128,6 +136,22 @@ def convert_sentencepiece(content: bytes, where: str) -> tuple[dict[str, Any], s
     own = [piece.replace(BLANK, " ") for piece, _, kind in pieces if kind == _USER_DEFINED]
     backend.add_tokens([AddedToken(p, special=False, normalized=False) for p in own])
     return json.loads(backend.to_str()), eos
+
+
+def _check_pieces(pieces: list[tuple[str, float, int]], where: str) -> None:
+    """Refuse what no trainer writes, and what would take time or memory without end."""
+    seen: set[str] = set()
+    for number, (piece, score, _) in enumerate(pieces):
+        if len(piece) > LONGEST_PIECE:
+            raise UserError(
+                f"tokenizer: {where}: piece {number} has {len(piece):,} characters; at most "
+                f"{LONGEST_PIECE:,} are read"
+            )
+        if not math.isfinite(score):
+            raise UserError(f"tokenizer: {where}: the score of piece {number} is {score}")
+        if piece in seen or not piece:
+            raise UserError(f"tokenizer: {where}: piece {number}, {piece!r}, is empty or a second")
+        seen.add(piece)
 
 
 def _model(spec: Any, pieces: list[tuple[str, float, int]], unknown: int, where: str) -> Any:

@@ -10,14 +10,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparse_gpt.durable import write_text
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_json
 
 FORMAT = "sparse_gpt-tokens"
 VERSION = 1
 INDEX_FILE = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
+MAX_VOCABULARY = 2**30  # each token is a row of the embedding
 DTYPES = {"uint16": "<u2", "uint32": "<u4"}
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -51,8 +53,8 @@ class ShardIndex(_Strict):
     format: Literal["sparse_gpt-tokens"]
     version: Literal[1]
     dtype: Literal["uint16", "uint32"]
-    vocab_size: Annotated[int, Field(ge=1)]
-    eos_id: Count
+    vocab_size: Annotated[int, Field(ge=1, le=MAX_VOCABULARY)]
+    eos_id: Annotated[int, Field(ge=0, lt=MAX_VOCABULARY)]
     tokenizer_sha256: Digest
     source: dict[str, Any]
     options: dict[str, Any]
@@ -84,14 +86,14 @@ def read_index(folder: Path) -> ShardIndex:
             "preparation did not finish; run it (again)"
         )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        raw = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); prepare the data again") from error
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise UserError(f"{path} is not an index of prepared data")
-    if raw.get("version") != VERSION:
+    if type(raw.get("version")) is not int or raw["version"] != VERSION:
         raise UserError(
-            f"{path} has format version {raw.get('version')!r}, this code reads {VERSION}; "
+            f"{path} has format version {raw.get('version')!r:.40}, this code reads {VERSION}; "
             "prepare the data again"
         )
     try:
@@ -99,18 +101,23 @@ def read_index(folder: Path) -> ShardIndex:
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {field}: {first['msg']}") from error
+        raise UserError(f"{path}: {field[:200]}: {first['msg']}") from error
     _check_names(path, index)
     return index
 
 
 def _check_names(path: Path, index: ShardIndex) -> None:
+    seen: set[str] = set()
     for split, entry in index.splits.items():
         for name in [entry.documents_file, *(shard.file for shard in entry.shards)]:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*", name):
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,199}", name):
                 raise UserError(
-                    f"{path}: split {split!r} names {name!r}, which is not a plain file name"
+                    f"{path}: split {split[:40]!r} names {name[:80]!r}, which is not a plain file "
+                    "name"
                 )
+            if name in seen:
+                raise UserError(f"{path}: {name} is named twice; a file is part of one split once")
+            seen.add(name)
         total = sum(shard.tokens for shard in entry.shards)
         if total != entry.tokens:
             raise UserError(

@@ -16,6 +16,7 @@ import numpy as np
 
 from sparse_gpt.data.shard_index import (
     DTYPES,
+    INDEX_FILE,
     TOKENIZER_FOLDER,
     ShardIndex,
     SplitEntry,
@@ -24,6 +25,7 @@ from sparse_gpt.data.shard_index import (
 from sparse_gpt.data.tokenizer import folder_sha256, load_tokenizer
 from sparse_gpt.durable import sha256_file
 from sparse_gpt.errors import UserError
+from sparse_gpt.npy import read_header
 
 _CHUNK = 1 << 22
 _MAX_DOCUMENTS = 2**31 - 1
@@ -158,7 +160,11 @@ def open_data(
     of its tokens only by `verify`. Raises UserError saying what is wrong with which file.
     """
     path = Path(path)
-    if path.is_dir():
+    try:
+        is_folder = path.is_dir()
+    except OSError as error:  # a name that is too long, a folder that may not be looked into
+        raise UserError(f"data path {str(path)[:200]}: {error.strerror}") from None
+    if is_folder:
         for key, value in (("vocab_size", vocab_size), ("tokenizer", tokenizer)):
             if value is not None:
                 raise UserError(
@@ -191,6 +197,11 @@ def _inside(folder: Path, name: str) -> Path:
 
 def _open_folder(folder: Path) -> TokenData:
     index = read_index(folder)
+    if index.eos_id >= index.vocab_size:
+        raise UserError(
+            f"{folder / INDEX_FILE}: eos_id {index.eos_id} is outside the vocabulary of "
+            f"{index.vocab_size}; prepare the data again"
+        )
     splits = {name: _open_split(folder, index, name, e) for name, e in index.splits.items()}
     tokenizer = _check_tokenizer(folder, index)
     return TokenData(
@@ -232,16 +243,28 @@ def _open_split(folder: Path, index: ShardIndex, name: str, entry: SplitEntry) -
             )
         shards.append(np.memmap(file, dtype=dtype, mode="r"))
     documents = _inside(folder, entry.documents_file)
-    try:
-        starts = np.load(documents, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{documents} cannot be read: {error}") from error
-    if starts.shape != (entry.documents + 1,):
-        raise UserError(
-            f"{documents} has shape {starts.shape}, the index says {entry.documents} documents"
-        )
+    starts = _open_boundaries(documents, entry.documents)
     where = f"{folder} split {name!r}"
     return TokenSplit(where, shards, starts, index.vocab_size, entry.bytes, entry.words)
+
+
+def _open_boundaries(path: Path, documents: int) -> np.ndarray:
+    try:
+        with open(path, "rb") as file:
+            header = read_header(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}; prepare the data again") from error
+    if header.descr != "<u8":
+        raise UserError(f"{path}: document boundaries must be uint64, these are {header.descr}")
+    if header.shape != (documents + 1,):
+        raise UserError(
+            f"{path} has shape {header.shape}, the index says {documents} documents; prepare the "
+            "data again"
+        )
+    size, needed = path.stat().st_size, header.offset + 8 * (documents + 1)
+    if size != needed:
+        raise UserError(f"{path} has {size} bytes, but {documents} documents need {needed}")
+    return np.memmap(path, dtype="<u8", mode="r", offset=header.offset, shape=header.shape)
 
 
 def verify(path: str | Path, *, full: bool = True) -> None:

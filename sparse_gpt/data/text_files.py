@@ -5,7 +5,6 @@ A txt file is one document; jsonl and parquet hold one in the text field of each
 
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import parse
 
+# No text expands like this: gzip's most is 1,032-fold, of zeros, and a text's usual 3- to 10-fold.
+MAX_EXPANSION = 200
+_PIECE = 1 << 20
+FREE_BYTES = 1 << 26  # decompressed before the expansion is looked at
 EXTENSIONS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -57,7 +61,7 @@ def read_texts(
     Raises UserError naming the file and the line or row at fault.
     """
     if path.name.endswith(".parquet"):
-        yield from _parquet(path, text_field)
+        yield from _parquet(path, text_field, limit)
         return
     with _opened(path) as file:
         if ".jsonl" in path.suffixes[-2:]:
@@ -66,10 +70,32 @@ def read_texts(
             for number, line in enumerate(_long_lines(path, file, limit), start=1):
                 yield _decode(line, encoding, f"{path} line {number}")
         else:
-            content = file.read(limit + 1)
-            if len(content) > limit:
-                raise UserError(f"{path} is a document of more than {limit:,} bytes; split it")
+            content = bytearray()  # a read of `limit` bytes would take them at once
+            while piece := file.read(_PIECE):
+                content += piece
+                if len(content) > limit:
+                    raise UserError(f"{path} is a document of more than {limit:,} bytes; split it")
             yield _decode(content, encoding, str(path))
+
+
+class _Watched(io.RawIOBase):
+    """Decompressed bytes, as long as they are not absurdly many for the compressed ones read."""
+
+    def __init__(self, path: Path, raw: BinaryIO, decompressed: Any):
+        self._path, self._raw, self._source, self._given = path, raw, decompressed, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        n = self._source.readinto(buffer)
+        self._given += n
+        if self._given > FREE_BYTES and self._given > MAX_EXPANSION * self._raw.tell():
+            raise UserError(
+                f"{self._path} expands more than {MAX_EXPANSION}-fold, which no text does; if it "
+                "is one, decompress it first"
+            )
+        return n
 
 
 class _ZstdReader(io.RawIOBase):
@@ -79,7 +105,7 @@ class _ZstdReader(io.RawIOBase):
     """
 
     # Small, because one byte can expand to 32 KiB: bounds the memory a hostile file can take.
-    _CHUNK = 4096
+    _CHUNK = 1024
 
     def __init__(self, raw: BinaryIO):
         self._raw, self._frame, self._ready = raw, None, memoryview(b"")
@@ -120,20 +146,20 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     import zstandard
 
     try:
-        if path.suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield file  # pyright: ignore[reportReturnType]
-        elif path.suffix == ".zst":
-            with open(path, "rb") as raw:
-                yield io.BufferedReader(_ZstdReader(raw), 1 << 20)  # pyright: ignore[reportReturnType]
-        else:
-            with open(path, "rb") as file:
-                yield file
+        with open(path, "rb") as raw:
+            if path.suffix == ".gz":
+                with gzip.GzipFile(fileobj=raw, mode="rb") as file:
+                    yield io.BufferedReader(_Watched(path, raw, file), 1 << 20)  # pyright: ignore[reportReturnType]
+            elif path.suffix == ".zst":
+                watched = _Watched(path, raw, _ZstdReader(raw))
+                yield io.BufferedReader(watched, 1 << 20)  # pyright: ignore[reportReturnType]
+            else:
+                yield raw
     except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def _decode(content: bytes, encoding: str, where: str) -> str:
+def _decode(content: bytes | bytearray, encoding: str, where: str) -> str:
     try:
         text = content.decode(encoding)
     except LookupError as error:
@@ -158,13 +184,13 @@ def _jsonl(path: Path, file: BinaryIO, text_field: str, limit: int) -> Iterator[
             continue
         where = f"{path} line {number}"
         try:
-            row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            row = parse(line.removeprefix(b"\xef\xbb\xbf"), unique=False)
         except ValueError as error:
             raise UserError(f"{where} is not valid JSON ({error})") from error
         yield text_of(row, text_field, where)
 
 
-def _parquet(path: Path, text_field: str) -> Iterator[str]:
+def _parquet(path: Path, text_field: str, limit: int) -> Iterator[str]:
     import pyarrow
     import pyarrow.parquet
 
@@ -178,11 +204,17 @@ def _parquet(path: Path, text_field: str) -> Iterator[str]:
                 )
             number = 0
             for batch in file.iter_batches(batch_size=64, columns=[text_field]):
-                for row in batch.to_pylist():
-                    yield text_of(row, text_field, f"{path} row {number}")
+                for value in batch.column(0):
+                    text = text_of({text_field: value.as_py()}, text_field, f"{path} row {number}")
+                    if len(text) > limit:
+                        raise UserError(
+                            f"{path} row {number} is a document of more than {limit:,} bytes; "
+                            "split it"
+                        )
+                    yield text
                     number += 1
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is not a readable parquet file: {error}") from error
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable parquet file: {str(error)[:500]}") from error
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
@@ -190,7 +222,7 @@ def text_of(row: Any, text_field: str, where: str) -> str:
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is not an object with a {text_field!r} field")
     if text_field not in row:
-        known = ", ".join(str(key) for key in row)
+        known = ", ".join(str(key) for key in row)[:500]
         raise UserError(f"{where} has no field {text_field!r}; it has: {known}; set --text-field")
     text = row[text_field]
     if not isinstance(text, str):

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ from tokenizers import Tokenizer as Backend
 
 from sparse_gpt.data.sentencepiece_model import WORD_PATTERN, convert_sentencepiece
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_bytes, read_object
 
+LARGEST_FILE = 64 << 20  # bytes; the largest vocabularies, of 256,000 tokens, take half of it
+SPARE_IDS = 65_536  # ids that no token has, besides as many as there are tokens
 END_OF_TEXT = "<|endoftext|>"
 SENTENCEPIECE_FILE = "tokenizer.model"
 CANONICAL_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -55,13 +58,17 @@ class Tokenizer:
         self._spec = _canonical(spec)
         self.eos_token = eos_token
         self._sentencepiece = sentencepiece
+        model = self._spec.get("model")
+        _check_ids(model.get("vocab") if isinstance(model, dict) else None)
         canonical = _canonical_json(self._spec)
         self._backend = Backend.from_str(canonical)
         self.sha256 = _digest(canonical, eos_token)
-        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self._backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+        _check_count(len(ids), self.vocab_size - 1)
         eos_id = self._backend.token_to_id(eos_token)
         if eos_id is None:
-            raise UserError(f"tokenizer: the end token {eos_token!r} is not in its vocabulary")
+            raise UserError(f"tokenizer: the end token {eos_token[:60]!r} is not in its vocabulary")
         self.eos_id = eos_id
         self._separable = _splits_at_blanks(self._spec)
 
@@ -116,6 +123,20 @@ class Tokenizer:
         self.__init__(state["spec"], state["eos"], state["sentencepiece"])
 
 
+def _check_ids(vocab: Any) -> None:
+    """Of a vocabulary {token: id}, before the library makes a table as long as the largest."""
+    if isinstance(vocab, dict):
+        ids = [i for i in vocab.values() if type(i) is int]
+        _check_count(len(ids), max(ids, default=0))
+
+
+def _check_count(tokens: int, largest: int) -> None:
+    if largest >= 2 * tokens + SPARE_IDS:  # each id is a row of the embedding
+        raise UserError(
+            f"tokenizer: {tokens} tokens, but ids up to {largest}; number its tokens from 0"
+        )
+
+
 def _write(path: Path, content: bytes) -> None:
     with open(path, "wb") as file:
         file.write(content)
@@ -136,8 +157,12 @@ def _canonical(spec: dict[str, Any]) -> dict[str, Any]:
     spec = {**spec, "truncation": None, "padding": None}
     processor = spec.get("post_processor")
     if processor is not None:
-        nested = processor["processors"] if processor["type"] == "Sequence" else [processor]
-        kept = [p for p in nested if p["type"] == "ByteLevel"]
+        nested = [processor]
+        if isinstance(processor, dict) and processor.get("type") == "Sequence":
+            nested = processor.get("processors")
+        if not isinstance(nested, list) or not all(isinstance(p, dict) for p in nested):
+            raise ValueError("post_processor is none")
+        kept = [p for p in nested if p.get("type") == "ByteLevel"]
         spec["post_processor"] = kept[0] if kept else None
     return spec
 
@@ -216,12 +241,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return read_object(path, LARGEST_FILE, unique=False)
+    except (OSError, ValueError) as error:
         raise UserError(f"tokenizer: {path} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"tokenizer: {path} is not a JSON object")
-    return content
 
 
 def folder_sha256(folder: str | Path) -> str:
@@ -230,7 +252,10 @@ def folder_sha256(folder: str | Path) -> str:
     Raises UserError naming what is missing or unreadable.
     """
     spec, eos_token = _read_folder(Path(folder))
-    return _digest(_canonical_json(_canonical(spec)), eos_token)
+    try:
+        return _digest(_canonical_json(_canonical(spec)), eos_token)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"tokenizer: {Path(folder) / 'tokenizer.json'}: {error}") from error
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
@@ -253,18 +278,40 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], str]:
 def _load_folder(folder: Path) -> Tokenizer:
     spec, eos = _read_folder(folder)
     model = folder / SENTENCEPIECE_FILE
+    content = _read_model(model) if model.is_file() else None
+    return _built(folder / "tokenizer.json", lambda: Tokenizer(spec, eos, content))
+
+
+def _built(path: Path, make: Callable[[], Tokenizer]) -> Tokenizer:
+    """What `make` makes of a file; `UserError` naming it where it cannot."""
     try:
-        return Tokenizer(spec, eos, model.read_bytes() if model.is_file() else None)
-    except UserError:
-        raise
+        return make()
+    except UserError as error:
+        text = str(error).removeprefix("tokenizer: ")
+        where = "" if str(path) in text else f"{path}: "
+        raise UserError(f"tokenizer: {where}{text}") from error
     except Exception as error:  # the Rust library raises bare Exception for a bad file
-        raise UserError(f"tokenizer: {folder / 'tokenizer.json'}: {error}") from error
+        raise UserError(f"tokenizer: {path}: {str(error)[:500]}") from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of a Rust library, and no Exception
+            raise
+        raise UserError(f"tokenizer: {path}: {str(error)[:500]}") from error
+
+
+def _read_model(path: Path) -> bytes:
+    try:
+        return read_bytes(path, LARGEST_FILE)
+    except (OSError, ValueError) as error:
+        raise UserError(f"tokenizer: {path} cannot be read: {error}") from error
 
 
 def _load_gpt2(folder: Path) -> Tokenizer:
     vocab = _read_json(folder / "vocab.json")
     merges = []
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    try:
+        lines = _read_model(folder / "merges.txt").decode("utf-8").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"tokenizer: {folder / 'merges.txt'} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
@@ -274,17 +321,22 @@ def _load_gpt2(folder: Path) -> Tokenizer:
         merges.append((pair[0], pair[1]))
     if END_OF_TEXT not in vocab:
         raise UserError(f"tokenizer: {folder / 'vocab.json'} has no {END_OF_TEXT}")
-    try:
-        backend = _byte_level(vocab, merges, regex=True)
-    except Exception as error:  # the Rust library raises bare Exception for a bad pair
-        raise UserError(f"tokenizer: {folder}: {error}") from error
-    return _with_end_token(backend, END_OF_TEXT)
+
+    def make() -> Tokenizer:
+        _check_ids(vocab)
+        return _with_end_token(_byte_level(vocab, merges, regex=True), END_OF_TEXT)
+
+    return _built(folder / "vocab.json", make)
 
 
 def _load_sentencepiece(path: Path) -> Tokenizer:
-    content = path.read_bytes()
-    spec, eos = convert_sentencepiece(content, str(path))
-    return Tokenizer(spec, eos, content)
+    content = _read_model(path)
+
+    def make() -> Tokenizer:
+        spec, eos = convert_sentencepiece(content, str(path))
+        return Tokenizer(spec, eos, content)
+
+    return _built(path, make)
 
 
 def copy_tokenizer(source: str | Path, target: str | Path) -> None:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_object
 
 HOLDER = "runner.json"
 GRACE_SECONDS = 10.0  # for the runs of a killed runner, which the kernel is ending
@@ -51,7 +52,7 @@ def _locked(descriptor: int) -> bool:
 
 def _holder(work: Path) -> str:
     try:
-        holder = json.loads((work / HOLDER).read_text(encoding="utf-8"))
+        holder = read_object(work / HOLDER)
         return f"in use by process {holder['pid']}, started {holder['started']}, or by its runs"
     except (OSError, ValueError, KeyError):
         return "in use by another start of the experiment"

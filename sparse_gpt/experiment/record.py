@@ -1,6 +1,5 @@
 """One finished run as a small JSON file, and whether it is the run that is wanted now."""
 
-import json
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
@@ -13,7 +12,9 @@ from sparse_gpt.experiment.finetune_stage import FinetuneRun
 from sparse_gpt.experiment.identity import changes, config_tree, tree_sha256
 from sparse_gpt.experiment.leaderboard_stage import LeaderboardRun
 from sparse_gpt.experiment.plan import Run, layer_flops
+from sparse_gpt.experiment.results import LARGEST_FILE, checked
 from sparse_gpt.experiment.sessions import Sessions
+from sparse_gpt.json_file import parse_object, read_object
 from sparse_gpt.train.results import FILE as RESULTS
 from sparse_gpt.train.results import SPLITS, read_results
 
@@ -37,15 +38,19 @@ class Records:
         """A record; None where there is none. `UserError` for a file that is none."""
         path = self.path(run)
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = read_object(path, LARGEST_FILE)
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(
                 f"{path}: no JSON ({error}); remove it, and the run is repeated"
             ) from None
-        if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        if record.get("schema") != SCHEMA:
             raise UserError(f"{path}: no record of schema {SCHEMA}; move it away")
+        try:
+            checked(record)
+        except UserError as error:
+            raise UserError(f"{path}: {error}; remove it, and the run is repeated") from None
         wrong = [key for key, kind in NEEDED.items() if not isinstance(record.get(key), kind)]
         if wrong:
             raise UserError(f"{path}: a record needs {', '.join(wrong)}; move it away")
@@ -56,7 +61,7 @@ class Records:
         record = self.read(run.name)
         if record is None:
             return ""
-        differing = changes(record["config"], run.config)
+        differing = changes(record.get("config", {}), run.config)
         if record.get("after_sha256") != run.after_sha256:
             differing.append("the run before it is another")
         differing += _other_data(record["data"], run.corpora, corpora)
@@ -232,14 +237,14 @@ def _versions() -> dict[str, str]:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; remove the run's folder to repeat the run") from None
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [parse_object(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; remove the run's folder to repeat the run") from None
 

@@ -9,6 +9,7 @@ the rest is shown: files may have come from another machine or another version. 
 plan does not have, or of which it says that it is of another configuration.
 """
 
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -238,6 +239,14 @@ def read(folder: Path) -> Results:
     about, plan = _read_about(folder, refused), _read_plan(folder, refused)
     name, records = _of_one_experiment(_of_the_plan(records, plan, refused), refused)
     return Results(name or folder.resolve().name, folder, about, plan, records, refused)
+
+
+def checked(tree: dict[str, Any]) -> Record:
+    """A record from what JSON held. Raises `UserError` saying which keys are not those of one."""
+    try:
+        return Record.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        raise UserError(_reason(error)) from None
 
 
 def _of_one_experiment(records: list[Record], refused: list[str]) -> tuple[str, list[Record]]:

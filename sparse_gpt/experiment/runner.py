@@ -1,6 +1,5 @@
 """Running what is planned: side by side, resumable, each finished run recorded as it ends."""
 
-import json
 import signal
 import time
 from collections.abc import Sequence
@@ -17,10 +16,18 @@ from sparse_gpt.experiment.identity import changes, config_tree
 from sparse_gpt.experiment.leaderboard_record import leaderboard_record
 from sparse_gpt.experiment.plan import Run
 from sparse_gpt.experiment.processes import Processes, Slot
-from sparse_gpt.experiment.record import AnyRun, LaterRun, Records, diverged_record, make_record
+from sparse_gpt.experiment.record import (
+    AnyRun,
+    LaterRun,
+    Records,
+    diverged_record,
+    make_record,
+    read_json,
+)
 from sparse_gpt.experiment.sessions import Sessions
 from sparse_gpt.experiment.show import Show
 from sparse_gpt.experiment.stages import has_weights, weights_of
+from sparse_gpt.json_file import parse_object
 
 POLL_SECONDS = 1.0
 LOG_TAIL_LINES = 30
@@ -223,9 +230,12 @@ def set_aside(run: AnyRun, corpora: Corpora, show: Show) -> None:
     }
     path, differing = run.folder / "run.json", []
     if path.is_file():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        differing = changes(begun["config"], run.config)
-        differing += ["other data"] if begun["data"] != wanted["data"] else []
+        begun = read_json(path)
+        saved = begun.get("config")
+        if not isinstance(saved, dict):
+            raise UserError(f"{path}: no config in it; remove the run's folder to repeat the run")
+        differing = changes(saved, run.config)
+        differing += ["other data"] if begun.get("data") != wanted["data"] else []
         other_weights = begun.get("weights") != wanted["weights"]
         differing += ["other weights to start from"] if other_weights else []
     if differing:
@@ -262,11 +272,12 @@ def progress(folder: Path) -> tuple[int, float | None]:
         return 0, None
     for line in reversed(lines):
         try:
-            entry = json.loads(line)
+            entry = parse_object(line)
         except ValueError:  # cut by the seek, or being written
             continue
-        if "loss" in entry:
-            return entry["step"], float(entry["loss"])
+        step, loss = entry.get("step"), entry.get("loss")  # a loss may be the text nan
+        if type(step) is int and (isinstance(loss, float) or loss in ("nan", "inf", "-inf")):
+            return step, float(loss)
     return 0, None
 
 

@@ -4,6 +4,10 @@ import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_json
 
 
 class Sessions:
@@ -13,7 +17,7 @@ class Sessions:
         self.path = folder / "sessions.json"
         self.entries: list[list[float]] = []
         if self.path.is_file():
-            self.entries = json.loads(self.path.read_text(encoding="utf-8"))
+            self.entries = _read(self.path)
 
     def begin(self, now: float) -> None:
         self.entries.append([now, now])
@@ -43,6 +47,25 @@ class Sessions:
     def resumed(self) -> int:
         """Starts after the first."""
         return len(self.entries) - 1
+
+
+def _read(path: Path) -> list[list[float]]:
+    try:
+        entries = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}; remove it") from None
+    if not isinstance(entries, list) or not all(map(_is_session, entries)):
+        raise UserError(f"{path}: no list of [first, last] times; remove it")
+    return entries
+
+
+def _is_session(entry: Any) -> bool:
+    """Two times of this century's clocks, which can be shown as dates."""
+    return (
+        isinstance(entry, list)
+        and len(entry) == 2
+        and all(isinstance(time, int | float) and 0 <= time < 1e11 for time in entry)
+    )
 
 
 def _iso(seconds: float) -> str:

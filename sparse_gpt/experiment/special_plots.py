@@ -16,6 +16,7 @@ from sparse_gpt.experiment.results import Record, Results
 from sparse_gpt.experiment.statistics import summarise
 from sparse_gpt.experiment.table import Cell, Table, cell
 from sparse_gpt.experiment.tables import lr, spread_cell
+from sparse_gpt.json_file import read_object
 
 SPEEDS = Path(__file__).resolve().parents[2] / "docs/benchmarks/sparse_linear.json"
 FEWEST_SHAPES = 3  # from here on an experiment is one about shapes
@@ -51,7 +52,7 @@ def speeds(path: Path = SPEEDS) -> dict[tuple[str, float], Speed]:
     if not path.is_file():
         return {}
     try:
-        benchmark: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        benchmark: dict[str, Any] = read_object(path)
         where = f"{benchmark['setting']['cpu']}, one thread, fp32"
         return {
             (row["block"], row["sparsity"]): Speed(float(row["ratio"]), where)

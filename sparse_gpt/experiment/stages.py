@@ -40,4 +40,4 @@ def has_weights(run: Run) -> bool:
     except UserError:  # broken: the run will say so when it is started again
         return False
     ended = state.manifest["state"]
-    return ended["step"] >= run.plan.steps or ended["finished"]
+    return state.manifest["step"] >= run.plan.steps or ended.get("finished") is True

@@ -14,6 +14,7 @@ from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 from sparse_gpt.finetune.config import FinetuneConfig
 from sparse_gpt.finetune.tune import tune
+from sparse_gpt.json_file import read_json
 from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import Diverged
@@ -119,8 +120,8 @@ def _read_done(file: Path, made: str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        done = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        done = read_json(file)
+    except (OSError, ValueError) as error:
         raise UserError(f"not JSON ({error}); move it away") from None
     return done if isinstance(done, dict) and done.get("identity") == made else None
 

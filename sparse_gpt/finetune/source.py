@@ -14,7 +14,9 @@ def open_source(path: Path) -> WeightSource:
     """A checkpoint of ours, or a Hugging Face GPT-2 folder."""
     if (path / "config.json").is_file():
         return ImportedWeights(path)
-    return open_checkpoint(path)
+    reader = open_checkpoint(path)
+    reader.check_model()
+    return reader
 
 
 def check_masks(mode: str, checkpoint: str, layers: Sequence[SavedLayer]) -> None:

@@ -52,6 +52,7 @@ def export_checkpoint(
     be the model that was trained.
     """
     reader = open_checkpoint(checkpoint)
+    reader.check_model()
     patterns = reader.patterns()
 
     def parameter(name: str) -> Tensor:

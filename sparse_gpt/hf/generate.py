@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -48,23 +47,16 @@ def generate(
     Raises `UserError` for a folder without weights or tokenizer, and settings out of range.
     """
     _check_settings(max_new_tokens, temperature, top_k, top_p)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
+    from transformers import TextStreamer
     from transformers.utils.logging import disable_progress_bar
 
-    import sparse_gpt.hf.model  # noqa: F401  (registers our own model type)
+    from sparse_gpt.hf.stock import stock_model, stock_tokenizer
 
     disable_progress_bar()  # it would stand in front of the text
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json; export from a run that has a tokenizer")
-    try:
-        # Local only: a file that is missing would be looked for on the hub.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True
-        )
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: {' '.join(str(error).split())}") from None
+    model, tokenizer = stock_model(folder), stock_tokenizer(folder)
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [model.config.eos_token_id]
     if ids == [None]:
         raise UserError("--prompt: empty, and the model has no end-of-text token to start from")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,9 @@ from torch import Tensor
 from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.errors import UserError
 from sparse_gpt.hf.layout import INDEX_FILE, MODEL_TYPE, WEIGHTS_FILE, Entry, layout, prefix
-from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.json_file import read_object
+from sparse_gpt.model.gpt import GPTConfig, check_modules
+from sparse_gpt.model_files import PICKLES
 from sparse_gpt.ops import ACTIVATIONS
 
 # What GPT2Config assumes where config.json is silent, for every key that changes the function.
@@ -71,6 +72,10 @@ class ImportedWeights:
         self.path = Path(path)
         self.gpt_config = _read_config(self.path)
         self._stored = _stored_tensors(self.path, prefix(self.gpt_config))
+        try:
+            check_modules(self.gpt_config, len(self._stored))
+        except ValueError as error:
+            raise UserError(f"{self.path / 'config.json'}: {error}") from None
         entries = list(layout(self.gpt_config))
         self._sources = {
             source: (entry, number)
@@ -146,14 +151,11 @@ def import_folder(path: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, unique=False)
     except FileNotFoundError:
         raise UserError(f"no {path.name} in {path.parent}: not a Hugging Face folder") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return value
 
 
 def _read_config(folder: Path) -> GPTConfig:
@@ -162,12 +164,13 @@ def _read_config(folder: Path) -> GPTConfig:
     if given.get("model_type") == MODEL_TYPE:
         return _own_config(path, given)
     names = given.get("architectures") or ["GPT2LMHeadModel"]
-    if given.get("model_type") != "gpt2" or names[0] not in ("GPT2LMHeadModel", "GPT2Model"):
-        kind = f"model_type {given.get('model_type')!r}, architectures {names}"
+    first = names[0] if isinstance(names, list) else None
+    if given.get("model_type") != "gpt2" or first not in ("GPT2LMHeadModel", "GPT2Model"):
+        kind = f"model_type {given.get('model_type')!r:.40}, architectures {names!s:.80}"
         raise UserError(f"{path}: {kind}: only GPT-2 (GPT2LMHeadModel) can be imported")
     for key, value in _REQUIRED_VALUES.items():
         if given.get(key, value) != value:
-            raise UserError(f"{path}: {key}: {given[key]} is not supported, only {value}")
+            raise UserError(f"{path}: {key}: {given[key]!s:.40} is not supported, only {value}")
     for key in ("quantization_config", "pruned_heads"):
         if given.get(key):
             raise UserError(f"{path}: {key} is not supported; export plain weights")
@@ -175,18 +178,18 @@ def _read_config(folder: Path) -> GPTConfig:
     for key in ("resid_pdrop", "attn_pdrop"):
         if values.get(key, 0.1) != values["embd_pdrop"]:
             raise UserError(
-                f"{path}: {key} {values.get(key, 0.1)} differs from embd_pdrop "
-                f"{values['embd_pdrop']}; one dropout for all is supported, make them equal"
+                f"{path}: {key} {values.get(key, 0.1)!s:.40} differs from embd_pdrop "
+                f"{values['embd_pdrop']!s:.40}; one dropout for all is supported, make them equal"
             )
-    if values["activation_function"] not in ACTIVATIONS:
+    if values["activation_function"] not in tuple(ACTIVATIONS):
         raise UserError(
-            f"{path}: activation_function: {values['activation_function']!r} is not supported, "
+            f"{path}: activation_function: {values['activation_function']!r:.40} is not supported, "
             f"only {' and '.join(ACTIVATIONS)}"
         )
     _check_positive(path, values, "n_layer", "n_head", "n_embd", "vocab_size", "n_positions")
     inner = values["n_inner"]
     if inner is not None and (type(inner) is not int or inner < 1):
-        raise UserError(f"{path}: n_inner: {inner!r} is not a positive number")
+        raise UserError(f"{path}: n_inner: {inner!r:.40} is not a positive number")
     if values["n_embd"] % values["n_head"]:
         raise UserError(f"{path}: n_embd {values['n_embd']} is not divisible by n_head")
     try:
@@ -202,23 +205,24 @@ def _read_config(folder: Path) -> GPTConfig:
             layer_norm_epsilon=float(values["layer_norm_epsilon"]),
             init_std=float(values["initializer_range"]),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
 def _check_positive(path: Path, values: dict[str, Any], *keys: str) -> None:
     for key in keys:
         if type(values.get(key)) is not int or values[key] < 1:
-            raise UserError(f"{path}: {key}: {values.get(key)!r} is not a positive number")
+            raise UserError(f"{path}: {key}: {values.get(key)!r:.40} is not a positive number")
 
 
 def _own_config(path: Path, given: dict[str, Any]) -> GPTConfig:
     """The model of a folder of our own: the fields of `GPTConfig` under their own names."""
     _check_positive(path, given, "n_layer", "n_head", "d_model", "d_ff")
     _check_positive(path, given, "vocab_size", "n_positions")
-    if given.get("activation") not in ACTIVATIONS:
+    if given.get("activation") not in tuple(ACTIVATIONS):
         raise UserError(
-            f"{path}: activation: {given.get('activation')!r} is none of {', '.join(ACTIVATIONS)}"
+            f"{path}: activation: {given.get('activation')!r:.40} is none of "
+            f"{', '.join(ACTIVATIONS)}"
         )
     names = {field.name for field in dataclasses.fields(GPTConfig)}
     try:
@@ -236,8 +240,8 @@ def _stored_tensors(folder: Path, before: str) -> dict[str, _Stored]:
             raise UserError(f"{index}: weight_map is missing")
         files = sorted({str(file) for file in weight_map.values()})
         for file in files:
-            if Path(file).name != file:
-                raise UserError(f"{index}: weight_map: {file!r} is a path, not a file name")
+            if Path(file).name != file or len(file) > 200:
+                raise UserError(f"{index}: weight_map: {file[:80]!r} is a path, not a file name")
     else:
         files = [WEIGHTS_FILE]
     stored: dict[str, _Stored] = {}
@@ -257,7 +261,7 @@ def _stored_tensors(folder: Path, before: str) -> dict[str, _Stored]:
 
 
 def _missing(path: Path) -> str:
-    pickles = sorted(p.name for p in path.parent.glob("*.bin"))
+    pickles = sorted(p.name for p in path.parent.iterdir() if p.suffix in PICKLES)
     if not pickles:
         return f"{path} is missing"
     return (

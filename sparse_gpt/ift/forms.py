@@ -24,6 +24,7 @@ from fractions import Fraction
 
 from sparse_gpt.ift.wide import exact
 
+MAX_BRANCHES = 1_000  # of a parallel layer: each is a module of its own
 FORMS = ("parallel", "factorized", "doped", "low_rank")
 NON_LINEARITIES = ("identity", "relu", "gelu")
 # Variance of a standard normal truncated at 2 std, as weights are drawn.
@@ -65,9 +66,12 @@ class Transform:
         if not isinstance(self.sizes, Mapping):
             raise ValueError(f"sizes {self.sizes!r} is not a mapping from layers to numbers")
         least = 0 if self.member == "doped" else 1
+        most = MAX_BRANCHES if self.member == "parallel" else 2**30
         for layer, size in self.sizes.items():
             if type(size) is not int or size < least:
-                raise ValueError(f"{self.member} {layer}: size {size!r} is not {least} or more")
+                raise ValueError(f"{self.member} {layer}: size {size!r:.40} is not {least} or more")
+            if size > most:
+                raise ValueError(f"{self.member} {layer}: size {size:.3g} is more than {most}")
 
 
 def layer_weights(member: str, size: int, shape: tuple[int, int]) -> dict[str, LayerWeight]:

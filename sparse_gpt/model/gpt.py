@@ -22,7 +22,11 @@ from sparse_gpt.ift.layers import transformed_linear
 from sparse_gpt.model.flops import layer_shapes
 from sparse_gpt.model.linear import SparseLinear, linears
 from sparse_gpt.model.loss import IGNORE, head_loss
-from sparse_gpt.ops import BlockLayout
+from sparse_gpt.ops import ACTIVATIONS, BlockLayout
+
+MAX_LAYERS = 1_000
+MAX_SIZE = 2**30  # of a side: the number of elements of a matrix fits into 64 bits
+_SIZES = ("n_layer", "n_head", "d_model", "d_ff", "vocab_size", "n_positions")
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,29 @@ class GPTConfig:
     d_embed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _SIZES:
+            size, most = getattr(self, name), MAX_LAYERS if name == "n_layer" else MAX_SIZE
+            if type(size) is not int or not 1 <= size <= most:
+                raise ValueError(f"{name} {size!r:.40} is not a number from 1 to {most}")
+        for name in ("dropout", "layer_norm_epsilon", "init_std"):
+            value = getattr(self, name)
+            most = 1 if name == "dropout" else math.inf
+            if not isinstance(value, int | float) or not 0 <= value < most:
+                raise ValueError(f"{name} {value!r:.40} is not a number from 0 to below {most}")
+        if self.activation not in tuple(ACTIVATIONS):
+            raise ValueError(f"activation {self.activation!r:.40} is none of {tuple(ACTIVATIONS)}")
+        if not isinstance(self.activation_checkpointing, bool):
+            raise ValueError("activation_checkpointing is neither true nor false")
+        if self.loss_chunk is not None and (
+            type(self.loss_chunk) is not int or self.loss_chunk < 1
+        ):
+            raise ValueError(f"loss_chunk {self.loss_chunk!r:.40} is not a positive number")
         if self.d_model % self.n_head:
             raise ValueError(f"d_model {self.d_model} is not divisible by n_head {self.n_head}")
-        if self.d_embed is not None and (type(self.d_embed) is not int or self.d_embed < 1):
-            raise ValueError(f"d_embed {self.d_embed!r} is not a positive number")
+        if self.d_embed is not None and (
+            type(self.d_embed) is not int or not 1 <= self.d_embed <= MAX_SIZE
+        ):
+            raise ValueError(f"d_embed {self.d_embed!r:.40} is not a positive number")
         if self.transform is not None:
             unknown = self.transform.sizes.keys() - self.layer_shapes.keys()
             if unknown:
@@ -79,6 +102,18 @@ class GPTConfig:
         if given.get("transform") is not None:
             given["transform"] = Transform(**given["transform"])
         return cls(**given)
+
+
+def check_modules(config: GPTConfig, tensors: int) -> None:
+    """`ValueError` for a model of more layers and branches than there are tensors for.
+
+    Each has some of its own, so what is built to compare with the tensors is no larger than they.
+    """
+    transform = config.transform
+    branches = sum(transform.sizes.values()) if transform and transform.member == "parallel" else 0
+    for what, number in (("layers", config.n_layer), ("branches", branches)):
+        if number > tensors:
+            raise ValueError(f"{number} {what}, but there are {tensors} tensors in all")
 
 
 # Where the active blocks of compactly stored weights are, by weight name: `h.0.attn.q.weight`.

@@ -243,7 +243,10 @@ class Checkpointer:
         steps = reader.manifest["optimizer_steps"], reader.manifest.get("phase_steps")
         set_optimizer_steps(self.shards.base_optimizer, *steps)
         if reader.manifest.get("world_size") == self.world_size:
-            _set_rng_state(reader.rng(self.rank))
+            try:
+                _set_rng_state(reader.rng(self.rank))
+            except RuntimeError as error:
+                raise UserError(f"broken checkpoint {path}: a generator's state: {error}") from None
         return reader.manifest
 
     def _read_slots(self, reader: files.CheckpointReader) -> None:

@@ -19,6 +19,7 @@ the manifest before it is used.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ from torch import Tensor
 
 from sparse_gpt.durable import fsync_path, sha256_file
 from sparse_gpt.errors import UserError
-from sparse_gpt.model.gpt import GPTConfig
+from sparse_gpt.json_file import parse_object
+from sparse_gpt.model.gpt import GPT, GPTConfig, check_modules
 from sparse_gpt.ops import BlockLayout, Pattern, power
 from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.train.manifest import NAME, read_manifest
@@ -88,6 +90,14 @@ def open_checkpoint(path: Path | str, verify: bool = True) -> "CheckpointReader"
     return reader
 
 
+def _is_range(part: Any) -> bool:
+    return (
+        isinstance(part, list)
+        and len(part) == 2
+        and all(type(number) is int and 0 <= number < 2**62 for number in part)
+    )
+
+
 def _within(values: np.ndarray, stop: int) -> bool:
     return not values.size or (values.min() >= 0 and values.max() < stop)
 
@@ -118,10 +128,14 @@ class CheckpointReader:
             )
         for name, entry in self.files.items():
             file = self.path / name
-            if Path(name).name != name:
-                raise UserError(f"broken checkpoint {self.path}: file name {name!r} is a path")
+            if Path(name).name != name or len(name) > 200:
+                raise UserError(f"broken checkpoint {self.path}: file name {name[:80]!r} is none")
             if not file.is_file():
-                raise UserError(f"broken checkpoint {self.path}: {name} is missing")
+                raise UserError(f"broken checkpoint {self.path}: {name[:80]!s} is missing")
+            if file.resolve().parent != self.path.resolve():
+                raise UserError(
+                    f"broken checkpoint {self.path}: {name} is a link that leads out of the folder"
+                )
             if file.stat().st_size != entry["size"]:
                 raise UserError(
                     f"broken checkpoint {self.path}: {name} has {file.stat().st_size} bytes, "
@@ -140,9 +154,38 @@ class CheckpointReader:
     @property
     def gpt_config(self) -> GPTConfig:
         try:
-            return GPTConfig.from_dict(self.manifest["gpt_config"])
+            config = GPTConfig.from_dict(self.manifest["gpt_config"])
+            check_modules(config, len(self.names))
+            return config
         except (TypeError, ValueError) as error:
             raise UserError(f"broken checkpoint {self.path}: gpt_config: {error}") from None
+
+    def check_model(self) -> None:
+        """Raise `UserError` unless parameters and layers are those of the model in `gpt_config`.
+
+        Of names and shapes alone: no tensor is read.
+        """
+        with torch.device("meta"):
+            model = GPT(self.gpt_config)
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        for name, layer in self.layers.items():
+            stored = (layer.active, *layer.block) if layer.compact else layer.shape
+            shape = self.shapes.get(name)
+            if shape is None or math.prod(shape) != math.prod(stored):
+                raise UserError(
+                    f"broken checkpoint {self.path}: layer {name[:80]} has not the shape of its "
+                    "parameter"
+                )
+        found = {name: self.dense_shape(name) for name in self.names}
+        differing = sorted(
+            n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n)
+        )
+        if differing:
+            name = differing[0]
+            raise UserError(
+                f"broken checkpoint {self.path}: {name[:80]} is {found.get(name)}, in the model of "
+                f"gpt_config {expected.get(name)}"
+            )
 
     @property
     def tokenizer_path(self) -> Path | None:
@@ -173,11 +216,16 @@ class CheckpointReader:
                     continue
                 try:
                     with safe_open(self.path / file, "numpy") as handle:
-                        ranges = json.loads((handle.metadata() or {}).get("ranges", "{}"))
-                except (SafetensorError, ValueError) as error:
+                        ranges = parse_object((handle.metadata() or {}).get("ranges", "{}"))
+                except (SafetensorError, OSError, ValueError) as error:
                     raise UserError(f"broken checkpoint {self.path}: {file}: {error}") from None
-                for name, (start, numel) in ranges.items():
-                    found.setdefault(name, []).append((int(start), int(numel), file))
+                for name, part in ranges.items():
+                    if not _is_range(part):
+                        raise UserError(
+                            f"broken checkpoint {self.path}: {file}: the range of {name[:80]} is "
+                            "no [start, number]"
+                        )
+                    found.setdefault(name, []).append((*part, file))
             self._ranges[kind] = {name: sorted(parts) for name, parts in found.items()}
         return self._ranges[kind]
 
@@ -186,8 +234,18 @@ class CheckpointReader:
         try:
             with safe_open(self.path / file, "numpy") as handle:
                 yield handle
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"broken checkpoint {self.path}: {file}: {error}") from None
+
+    def _tensor(self, handle: Any, file: str, name: str, dtype: str, shape: list[int]) -> Any:
+        """A tensor of an open file, not yet read; `UserError` where it is of another form."""
+        part = handle.get_slice(name)
+        if part.get_dtype() != dtype or part.get_shape() != shape:
+            raise UserError(
+                f"broken checkpoint {self.path}: {file}: {name[:80]} is {part.get_dtype()} of "
+                f"{part.get_shape()}, not {dtype} of {shape}"
+            )
+        return part
 
     def _read(self, kind: str, name: str, start: int, numel: int, total: int) -> np.ndarray:
         """`[start, start + numel)` of a flattened tensor of `total` elements."""
@@ -197,7 +255,8 @@ class CheckpointReader:
             if first > position or end <= position:
                 continue
             with self._open(file) as handle:
-                pieces.append(handle.get_slice(name)[position - first : end - first])
+                part = self._tensor(handle, file, name, "F32", [count])
+                pieces.append(part[position - first : end - first])
             position = end
         if position != start + numel or start + numel > total:
             raise UserError(
@@ -207,8 +266,13 @@ class CheckpointReader:
 
     def fragment(self, name: str, kind: str, start: int, numel: int) -> Tensor:
         """fp32 `[numel]`: a range of a flattened parameter; kind: master, exp_avg, exp_avg_sq."""
-        total = int(np.prod(self.shapes[name], dtype=np.int64))
+        total = math.prod(self._shape(name))
         return torch.from_numpy(self._read(kind, name, start, numel, total))
+
+    def _shape(self, name: str) -> tuple[int, ...]:
+        if name not in self.shapes:
+            raise UserError(f"broken checkpoint {self.path}: it has no parameter {name[:80]}")
+        return self.shapes[name]
 
     def parameter(self, name: str, kind: str = "master") -> Tensor:
         """A whole parameter as the model computes with it, fp32, in its shape.
@@ -225,8 +289,8 @@ class CheckpointReader:
 
     def stored(self, name: str, kind: str = "master") -> Tensor:
         """A whole parameter as it was trained, fp32; zeros where compact storage holds nothing."""
-        shape, layer = self.shapes[name], self.layers.get(name)
-        stored = self.fragment(name, kind, 0, int(np.prod(shape, dtype=np.int64))).view(shape)
+        shape, layer = self._shape(name), self.layers.get(name)
+        stored = self.fragment(name, kind, 0, math.prod(shape)).view(shape)
         if layer is None or not layer.compact:
             return stored
         return BlockLayout(layer.shape, layer.block, self.slots(name)).scatter(stored)
@@ -234,19 +298,18 @@ class CheckpointReader:
     def dense_shape(self, name: str) -> tuple[int, ...]:
         """Of a parameter in masked storage, whatever it was written in."""
         layer = self.layers.get(name)
-        return self.shapes[name] if layer is None or not layer.compact else layer.shape
+        return self._shape(name) if layer is None or not layer.compact else layer.shape
 
     def slots(self, name: str) -> Tensor:
         """int32 `[slots]`: the canonical index of the block in each slot of a compact layer."""
         parts = self._locate("slots").get(name)
         if not parts:
             raise UserError(f"broken checkpoint {self.path}: the slots of {name} are missing")
-        with self._open(parts[0][2]) as handle:
-            slots = handle.get_tensor(name)
-        layer = self.layers[name]
+        layer, file = self.layers[name], parts[0][2]
+        with self._open(file) as handle:
+            slots = self._tensor(handle, file, name, "I32", [layer.active])[:]
         units = layer.grid[0] * layer.grid[1]
-        right = slots.dtype == np.int32 and slots.shape == (layer.active,)
-        if not right or len(np.unique(slots)) != slots.size or not _within(slots, units):
+        if len(np.unique(slots)) != slots.size or not _within(slots, units):
             raise UserError(f"broken checkpoint {self.path}: the slots of {name} are no topology")
         return torch.from_numpy(slots)
 
@@ -301,9 +364,7 @@ class CheckpointReader:
             if first > position or end <= position:
                 continue
             with self._open(file) as handle:
-                packed = handle.get_tensor(name)
-            if packed.dtype != np.uint8 or packed.size != -(-many // 8):
-                break
+                packed = self._tensor(handle, file, name, "U8", [-(-many // 8)])[:]
             pieces.append(np.unpackbits(packed, count=many)[position - first : end - first])
             position = end
         if position != start + count:
@@ -320,10 +381,18 @@ class CheckpointReader:
                 continue
             with self._open(file) as handle:
                 for key in handle.keys():  # noqa: SIM118
-                    name, kind = key.rsplit(".", 1)
-                    if kind == "positions":
-                        pair = handle.get_tensor(key), handle.get_tensor(f"{name}.births")
-                        found.setdefault(name, []).append(pair)
+                    name, _, kind = key.rpartition(".")
+                    if kind != "positions":
+                        continue
+                    shape = handle.get_slice(key).get_shape()[:1]
+                    positions = self._tensor(handle, file, key, "I64", shape)[:]
+                    births = self._tensor(handle, file, f"{name}.births", "I64", shape)[:]
+                    if not _within(positions, math.prod(self._shape(name))):
+                        raise UserError(
+                            f"broken checkpoint {self.path}: {file}: {name[:80]}: young weights "
+                            "outside the weight"
+                        )
+                    found.setdefault(name, []).append((positions, births))
         joined = {}
         for name, pairs in found.items():
             positions, births = (torch.from_numpy(np.concatenate(p)) for p in zip(*pairs))
@@ -332,5 +401,13 @@ class CheckpointReader:
 
     def rng(self, rank: int) -> dict[str, Tensor]:
         """A rank's generator states as byte tensors, by device type."""
-        with safe_open(self.path / f"rng-{rank:05d}.safetensors", "numpy") as handle:
-            return {key: torch.from_numpy(handle.get_tensor(key)) for key in handle.keys()}  # noqa: SIM118
+        file, states = f"rng-{rank:05d}.safetensors", {}
+        if file not in self.files:
+            raise UserError(f"broken checkpoint {self.path}: {file} is missing")
+        with self._open(file) as handle:
+            for key in handle.keys():  # noqa: SIM118
+                shape = handle.get_slice(key).get_shape()[:1]
+                states[key] = torch.from_numpy(self._tensor(handle, file, key, "U8", shape)[:])
+        if "cpu" not in states:
+            raise UserError(f"broken checkpoint {self.path}: {file} has no state of the CPU")
+        return states

@@ -74,7 +74,13 @@ def check_drift(path: Path, identity: dict[str, Any], allowed: tuple[str, ...]) 
 
 def conversion(manifest: dict[str, Any], zero_stage: int, world_size: int) -> str:
     """What resuming on another layout changes, in words; empty for the same one."""
-    ranks, stage = manifest["world_size"], manifest["config"]["deepspeed"]["zero_stage"]
+    settings = manifest["config"].get("deepspeed")
+    ranks = manifest.get("world_size")
+    stage = settings.get("zero_stage") if isinstance(settings, dict) else None
+    if ranks is None or stage is None:
+        raise UserError(
+            "broken checkpoint: its manifest.json lacks world_size or config.deepspeed.zero_stage"
+        )
     if (ranks, stage) == (world_size, zero_stage):
         return ""
     before, now = (

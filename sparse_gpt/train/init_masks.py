@@ -237,7 +237,7 @@ def saved_counts(folder: Path, units: dict[str, int]) -> dict[str, int] | None:
         if not steps:
             return None
         saved = CheckpointReader(folder / step_folder(steps[-1])).manifest["layers"]
-        return {name: saved[name]["target"] if name in saved else n for name, n in units.items()}
+        return {name: saved.get(name, {}).get("target") or n for name, n in units.items()}
 
     return on_first_rank(read, f"checkpoint folder {folder}")
 
@@ -247,6 +247,7 @@ class RewoundWeights:
 
     def __init__(self, path: Path) -> None:
         reader = open_checkpoint(path)
+        reader.check_model()
         self.gpt_config, self.identity = reader.gpt_config, reader.identity
         self.tokenizer_sha256, self.parameter = reader.tokenizer_sha256, reader.parameter
         self.layers: dict[str, Any] = {}

@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_json
 
 FORMAT = 3
 NAME = "manifest.json"
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+LARGEST = 64 << 20  # bytes; files and layers of thousands of ranks
 
 
 class _Strict(BaseModel):
@@ -64,7 +66,7 @@ class Manifest(_Strict):
     topology_digest: str  # see TopologyController.digest
     files: dict[str, FileEntry]
     config: dict[str, Any]
-    eos_id: int | None = None
+    eos_id: Annotated[int, Field(ge=0, lt=2**30)] | None = None
     optimizer_steps: Count | None = None
     phase_steps: list[Count] | None = None  # of the parameters of each phase of unfreezing
     world_size: Count | None = None
@@ -94,11 +96,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / NAME
     try:
-        text = path.read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest = read_json(path, LARGEST)
         if isinstance(manifest, dict) and manifest.get("format", FORMAT) != FORMAT:
-            raise UserError(f"{path}: format {manifest['format']!r}, this version reads {FORMAT}")
-        Manifest.model_validate_json(text)
+            found = repr(manifest["format"])[:40]
+            raise UserError(f"{path}: format {found}, this version reads {FORMAT}")
+        Manifest.model_validate_json(json.dumps(manifest))
     except FileNotFoundError:
         raise UserError(f"no checkpoint at {folder}: no {NAME} there") from None
     except UserError:
@@ -107,9 +109,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(
-            f"broken checkpoint: {path} is not a manifest ({where}: {first['msg']})"
+            f"broken checkpoint: {path} is not a manifest ({where[:200]}: {first['msg']})"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"broken checkpoint: {path} is not a manifest ({error})") from None
     if manifest["sha256"] != digest_of(manifest):
         raise UserError(f"broken checkpoint: the sha256 of {path} is wrong (damaged or edited)")

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from sparse_gpt.config import LoggingConfig
 from sparse_gpt.durable import fsync_path, write_text
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import parse_object
 from sparse_gpt.train.board import Board
 
 FORMATS = {
@@ -109,10 +110,11 @@ class Metrics:
         kept = []
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                record = json.loads(line)
+                record = parse_object(line)
             except ValueError:  # half written by a killed run, or torn by a power cut
                 continue
-            if isinstance(record, dict) and record.get("step", 0) <= step:
+            at = record.get("step", 0)
+            if isinstance(at, int) and at <= step:
                 kept.append(line + "\n")
         write_text(self.path, "".join(kept))
 

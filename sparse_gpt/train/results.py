@@ -1,6 +1,5 @@
 """What a finished run comes to: `results.json` beside its checkpoints."""
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from sparse_gpt.durable import sha256_file, write_json
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_json
 from sparse_gpt.train.evaluate import Evaluation
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.loop import Trainer
@@ -86,10 +86,10 @@ def final_results(trainer: Trainer) -> dict[str, Any] | None:
 def read_results(path: Path) -> dict[str, Any] | None:
     """What a finished run wrote; None where there is nothing. `UserError` for a broken file."""
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path)
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: no JSON ({error}); remove it, and it is made anew") from None
     if not isinstance(tree, dict) or "checkpoint_sha256" not in tree:
         raise UserError(f"{path}: no results of a run; remove it, and they are made anew")

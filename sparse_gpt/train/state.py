@@ -10,6 +10,21 @@ from sparse_gpt.train.spikes import WINDOW
 LATER = {"recent_losses", "rollbacks"}  # what checkpoints of an earlier version do not have
 
 
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**200
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, float)
+
+
+_FITS = {
+    "best_loss": lambda value: value is None or _is_loss(value),
+    "finished": lambda value: isinstance(value, bool),
+    "recent_losses": lambda value: isinstance(value, list) and all(map(_is_loss, value)),
+}
+
+
 @dataclass
 class TrainState:
     """The position of a run, and what it counts."""
@@ -35,7 +50,12 @@ class TrainState:
         if not known.keys() - LATER <= saved.keys() <= known.keys():
             raise UserError(f"broken checkpoint {path}: its state holds {sorted(saved)}")
         for each in fields(self):
-            setattr(self, each.name, saved.get(each.name, known[each.name]))
+            value = saved.get(each.name, known[each.name])
+            if not _FITS.get(each.name, _is_count)(value):
+                raise UserError(
+                    f"broken checkpoint {path}: its state: {each.name} is {value!r:.60}"
+                )
+            setattr(self, each.name, value)
 
     def roll_back(self, saved: "TrainState") -> None:
         """Become a saved state but for what was consumed and spent since, which stays so."""

@@ -246,7 +246,7 @@ def test_settings_of_megatron_pairs_are_refused(folder):
 
 
 def test_ids_outside_the_vocabulary(copy):
-    _edit(copy, lambda index: index.update(vocab_size=200))
+    _edit(copy, lambda index: index.update(vocab_size=200, eos_id=199))
     train = open_data(copy).split("train")
     bad = int(np.argmax(FLAT >= 200))
     train.read(0, bad)

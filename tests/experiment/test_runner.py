@@ -119,8 +119,8 @@ def test_a_run_that_diverged_is_a_result(start, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"config": []}, "a record needs config"),
-        ({"data": "none", "seconds": None}, "a record needs data, seconds"),
+        ({"config": []}, "config: Input should be a valid dictionary"),
+        ({"seconds": None}, "a record needs seconds"),
         ({"schema": 2}, "no record of schema 1"),
     ],
 )
