@@ -2,14 +2,14 @@
 
     SAVE_FAULT=FILE deepspeed tests/faults/driver.py CONFIG
 
-Each save looks for FILE first. It holds WHAT:RANK:OPERATION[:SAVE], and is removed by the rank
-that meets it:
+Each save looks for FILE first. It holds WHAT:RANK:OPERATION[:SAVE], and is removed when that is
+met, in the first save that has as many operations:
 
 WHAT       kill (SIGKILL; every second one in the middle of the operation), full, read-only or
            gone (the folder of the checkpoints is moved away)
 RANK       the one that meets it
-OPERATION  which operation on files, from 1; nothing happens where there are fewer of this rank
-SAVE       which save of this start, from 1; the next one where it is left out
+OPERATION  which operation on files of a save, from 1; `refusals.CERTAIN` are in each
+SAVE       which save of this start, from 1; any where it is left out
 """
 
 import argparse
@@ -43,8 +43,7 @@ def arm(place: Path) -> None:
         fault = read(place, saves)
         if fault is None:
             return inner(self, *args, **kwargs)
-        place.unlink()
-        with watched(self.folder, partial(meet, *fault, self.folder)):
+        with watched(self.folder, partial(meet, *fault, self.folder, place)):
             return inner(self, *args, **kwargs)
 
     Checkpointer.save = armed
@@ -60,9 +59,10 @@ def read(place: Path, save: int) -> tuple[str, int] | None:
     return (what, int(operation)) if mine else None
 
 
-def meet(what: str, number: int, folder: Path, operation: Operation) -> None:
+def meet(what: str, number: int, folder: Path, place: Path, operation: Operation) -> None:
     if operation.number != number:
         return
+    place.unlink()
     print(f"FAULT {what} in {operation.kind} {operation.path}", flush=True)
     if what == "gone":
         os.rename(folder, folder.with_name("away"))

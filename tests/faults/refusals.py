@@ -23,6 +23,9 @@ NUMBERS = {
     "broken": errno.EIO,
 }
 
+# Operations that each save has: of rank 0, which publishes, and of any other; three for a file.
+CERTAIN = (23, 15)
+
 
 def refusal(what: str, path: Path) -> OSError:
     number = NUMBERS[what]

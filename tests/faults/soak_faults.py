@@ -136,7 +136,7 @@ def freeze(run: Run) -> str:
 def in_save(run: Run, what: str, codes: tuple[int, ...] | None, *texts: str) -> str:
     fault = run.folder.parent / "fault"
     rank = run.generator.randrange(RANKS)
-    number = run.generator.randint(1, (20, 28)[rank == 0])  # as many as a save has for certain
+    number = run.generator.randint(1, (15, 40)[rank == 0])  # rank 0 removes old ones, too
     temporary = fault.with_name("fault.tmp")
     temporary.write_text(f"{what}:{rank}:{number}")
     os.replace(temporary, fault)

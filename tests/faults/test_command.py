@@ -7,6 +7,7 @@ import pytest
 from sparse_gpt.train.checkpoint_files import list_steps
 from tests.crash.runs import RANKS, SCRIPT, curve, digests, write_config
 from tests.faults import tally
+from tests.faults.refusals import CERTAIN
 from tests.launcher import run_deepspeed
 
 pytestmark = [pytest.mark.launcher, pytest.mark.slow]
@@ -63,9 +64,9 @@ def test_a_disk_that_fails_in_a_save_ends_the_run_with_code_2(corpus, tmp_path, 
 def test_the_real_command_killed_in_saves_again_and_again(corpus, tmp_path, undisturbed):
     config, run = write_config(tmp_path, corpus), tmp_path / "run"
     generator = random.Random(7)
-    for _ in range(4):
+    for _ in range(3):
         rank = generator.randrange(RANKS)
-        number = generator.randint(1, (20, 28)[rank == 0])
+        number = generator.randint(1, CERTAIN[rank > 0])
         result = run_with(tmp_path, config, f"kill:{rank}:{number}")
         assert result.returncode not in (0, 2, 75), result.stdout
         tally.add("kills in a save of the real command")
