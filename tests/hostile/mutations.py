@@ -1,5 +1,6 @@
 """Valid files made invalid, a little or a lot: by bytes, and by values and keys of a tree."""
 
+import copy
 import json
 import random
 from typing import Any
@@ -61,11 +62,11 @@ def spoilt_tree(rng: random.Random, tree: Any) -> Any:
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         places = _places(tree)
         if not places:
-            return rng.choice(EXTREMES)
+            return copy.deepcopy(rng.choice(EXTREMES))
         node, key = rng.choice(places)
         kind = rng.randrange(8)
         if kind <= 2:
-            node[key] = rng.choice(EXTREMES)
+            node[key] = copy.deepcopy(rng.choice(EXTREMES))  # it may be spoilt in its turn
         elif kind == 3:
             del node[key]
         elif kind == 4:
@@ -77,7 +78,7 @@ def spoilt_tree(rng: random.Random, tree: Any) -> Any:
                 key
             )
         elif kind == 6 and isinstance(node, list):
-            node[key:key] = node[: rng.choice([1, 3])]
+            node[key:key] = copy.deepcopy(node[: rng.choice([1, 3])])
         elif isinstance(node[key], int | float) and not isinstance(node[key], bool):
             node[key] = rng.choice([-node[key], node[key] + 1, node[key] * 2, node[key] * 10**9])
     return tree
