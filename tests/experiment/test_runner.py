@@ -119,7 +119,7 @@ def test_a_run_that_diverged_is_a_result(start, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"config": []}, "config: Input should be a valid dictionary"),
+        ({"config": []}, "config: Input should be an object"),
         ({"seconds": None}, "a record needs seconds"),
         ({"schema": 2}, "no record of schema 1"),
     ],
