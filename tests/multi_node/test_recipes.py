@@ -104,7 +104,8 @@ def test_a_killed_node_ends_the_slurm_job_which_resumes(network, one_node, tmp_p
         killed_at = time.monotonic()
         result = launch.wait(120)
         assert time.monotonic() - killed_at < 60  # 3 s on an idle machine
-    assert result.returncode == 128 + signal.SIGKILL
+    # That of the killed rank, or of the other one, which gloo may abort as its peer goes.
+    assert result.returncode in (128 + signal.SIGKILL, 256 - signal.SIGABRT)
     steps = max(step for kind, step in curve(run) if kind == "train")
     assert steps < STEPS, "the machine was too slow to kill it in the middle"
     assert (tmp_path / "requeued").read_text() == "4711\n"
