@@ -55,7 +55,7 @@ def draw(seed: int, number: int, longest: float) -> Kill:
 def config_of(corpus: str, out: str, **changes: Any) -> Any:
     """RigL, dropout, a save after every step, the newest two kept."""
     settings = {
-        "max_steps": 400,
+        "max_steps": 1000,
         "model__dropout": 0.1,
         "sparsity__algorithm": "rigl",
         "checkpoint__every": 1,
