@@ -10,7 +10,7 @@ from typing import Any
 from sparse_gpt.config_file import validate
 from sparse_gpt.data.shards import TokenData
 from sparse_gpt.errors import UserError
-from sparse_gpt.experiment.identity import config_tree, tree_sha256
+from sparse_gpt.experiment.follow_up import FollowUp
 from sparse_gpt.experiment.plan import Planner, Run
 from sparse_gpt.experiment.spec import FinetuneStage
 from sparse_gpt.finetune.config import FinetuneConfig
@@ -33,10 +33,9 @@ class Work:
 
 
 @dataclass(frozen=True)
-class FinetuneRun:
+class FinetuneRun(FollowUp):
     """One fine-tuning of the weights of the run `after`, over its learning rates."""
 
-    after: Run
     config: FinetuneConfig
     plan: Work
     corpora: tuple[str, ...]
@@ -49,38 +48,9 @@ class FinetuneRun:
         return f"{self.after.name}-finetune-{self.config.mode}"
 
     @property
-    def after_sha256(self) -> str:
-        """Of the configuration of the run whose weights are fine-tuned."""
-        return tree_sha256(config_tree(self.after.config))
-
-    @property
     def row(self) -> str:
         """What runs that differ in the seed alone have in common."""
         return f"{self.arm}, then {self.config.mode}"
-
-    @property
-    def experiment(self) -> str:
-        return self.after.experiment
-
-    @property
-    def arm(self) -> str:
-        return self.after.arm
-
-    @property
-    def label(self) -> str:
-        return self.after.label
-
-    @property
-    def group(self) -> str:
-        return self.after.group
-
-    @property
-    def seed(self) -> int:
-        return self.after.seed
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.after.settings
 
     @property
     def folder(self) -> Path:

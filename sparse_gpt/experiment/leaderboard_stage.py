@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sparse_gpt.experiment.corpora import expanded
-from sparse_gpt.experiment.identity import config_tree, tree_sha256
+from sparse_gpt.experiment.follow_up import FollowUp
 from sparse_gpt.experiment.plan import Planner, Run
 from sparse_gpt.experiment.spec import LeaderboardStage
 
@@ -21,10 +20,9 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class LeaderboardRun:
+class LeaderboardRun(FollowUp):
     """The evaluation of what the run `after` ended with."""
 
-    after: Run
     config: LeaderboardStage
     folder: Path
     plan: Documents = Documents()
@@ -38,38 +36,9 @@ class LeaderboardRun:
         return f"{self.after.name}-leaderboard"
 
     @property
-    def after_sha256(self) -> str:
-        """Of the configuration of the run whose weights are evaluated."""
-        return tree_sha256(config_tree(self.after.config))
-
-    @property
     def row(self) -> str:
         """What runs that differ in the seed alone have in common."""
         return f"{self.arm}, leaderboard"
-
-    @property
-    def experiment(self) -> str:
-        return self.after.experiment
-
-    @property
-    def arm(self) -> str:
-        return self.after.arm
-
-    @property
-    def label(self) -> str:
-        return self.after.label
-
-    @property
-    def group(self) -> str:
-        return self.after.group
-
-    @property
-    def seed(self) -> int:
-        return self.after.seed
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.after.settings
 
     def metric_folders(self) -> list[Path]:
         """It logs no metrics."""

@@ -1,9 +1,10 @@
 """The Trainer: one readable loop around a DeepSpeed engine."""
 
+import functools
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -133,8 +134,9 @@ class Trainer:
         ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
         drawn = build.first_topology(config, self.solution, units, source, self.world_size)
         layouts: dict[str, BlockLayout] = {}
-        _together(lambda: layouts.update(build.layouts_of(config, self.solution, units, drawn)))
-        initialise = build.initialiser(config, source, units, _together)
+        together = functools.partial(on_every_rank, where="the weights to start from")
+        together(lambda: layouts.update(build.layouts_of(config, self.solution, units, drawn)))
+        initialise = build.initialiser(config, source, units, together)
         model = build_model(config, self.gpt_config, ds_config, initialise, layouts)
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         layers = build.sparse_layers(model, units, config, self.device, dtype)
@@ -150,7 +152,7 @@ class Trainer:
             saved = finder.find(self.engine, self.optimizer, self.shards)
             units = saved.units
         self.controller = build.controller_of(
-            config, layers, units, self.shards, saved, self.world_size, _together
+            config, layers, units, self.shards, saved, self.world_size, together
         )
         self.shards.push_masters()
         if config.optimizer.growth == "smet":
@@ -495,7 +497,3 @@ class Trainer:
         """Free the engine; the process group stays, for the next Trainer or the exit."""
         self.metrics.close()
         free_engine(self.engine)
-
-
-def _together(action: Callable[[], object]) -> None:
-    on_every_rank(action, "the weights to start from")

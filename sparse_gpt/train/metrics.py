@@ -1,9 +1,9 @@
 """What a run tells: JSONL and TensorBoard always, wandb on request, lines or a live bar.
 
 Only rank 0 speaks. `metrics.jsonl` holds one object a line, `kind` is `train`, `validation`,
-`topology`, `nonfinite`, `spike` or `rollback`; a resumed run first drops the lines after the step
-it resumes from, so the file is always one clean curve. Lines that a full disk does not take wait
-in memory; no checkpoint is saved before they, too, are on the disk.
+`topology`, `nonfinite`, `spike`, `rollback` or `diverged`; a resumed run first drops the lines
+after the step it resumes from, so the file is always one clean curve. Lines that a full disk does
+not take wait in memory; no checkpoint is saved before they, too, are on the disk.
 """
 
 import contextlib
