@@ -15,7 +15,7 @@ import yaml
 
 from eval.environment import QuietLogs
 from eval.settings import nearest
-from sparse_gpt.data.corpus import refuse_code
+from sparse_gpt.data.corpus import refuse_code, refuse_elsewhere
 from sparse_gpt.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,6 +124,7 @@ def check_mirror(mirror: Path, tasks: list[LeaderboardTask]) -> Path:
         refuse_code(folder, f"--data {mirror}: {task.title}")
         if not any(folder.rglob("*.parquet")):
             raise UserError(f"--data {mirror}: {task.title}: no parquet file under {folder}")
+        refuse_elsewhere(folder, f"--data {mirror}: {task.title}")
     return mirror.resolve()
 
 

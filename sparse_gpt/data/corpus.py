@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import yaml
+
 from sparse_gpt.data import text_files
 from sparse_gpt.data.wikitext import detokenise_wikitext, wikitext_articles
 from sparse_gpt.errors import UserError
@@ -187,15 +189,11 @@ def dataset_splits(name: str, config: str | None) -> list[str]:
 def _open_dataset(name: str, config: str | None) -> Any:
     if Path(name).is_dir():
         refuse_code(Path(name), f"--dataset {name}")
+        refuse_elsewhere(Path(name), f"--dataset {name}")
     datasets = _import_datasets()
     try:
         # Streaming: nothing is copied to a cache, and only what is read is downloaded.
-        builder = datasets.load_dataset_builder(name, config)
-        if Path(name).is_dir():
-            _check_inside(Path(name), builder.config.data_files)
-        return builder.as_streaming_dataset()
-    except UserError:
-        raise
+        return datasets.load_dataset_builder(name, config).as_streaming_dataset()
     except Exception as error:  # the library raises many types; the user sees its message
         detail = str(error).strip().split("\n")[0][:500] or type(error).__name__
         raise UserError(
@@ -217,16 +215,39 @@ def refuse_code(folder: Path, where: str) -> None:
             )
 
 
-def _check_inside(folder: Path, data_files: Any) -> None:
-    """Refuse a set whose README names files elsewhere, on this machine or another."""
-    for split, names in (data_files or {}).items():
-        for name in names:
-            # A mirror made by links (the hub's cache) leads out of its folder by them alone.
-            if not Path(os.path.abspath(name)).is_relative_to(os.path.abspath(folder)):
-                raise UserError(
-                    f"--dataset {folder}: its README.md takes split {split} from {name!s:.200}, "
-                    "outside its folder; give that to --input"
-                )
+def refuse_elsewhere(folder: Path, where: str) -> None:
+    """Raise `UserError` for a data set's folder whose description names files outside it.
+
+    Before anything opens the set: `datasets` would follow such a name, on another machine too.
+    """
+    from huggingface_hub.repocard import metadata_load
+
+    for path, read in (
+        (folder / "README.md", metadata_load),
+        (folder / ".huggingface.yaml", lambda path: yaml.safe_load(path.read_bytes())),
+    ):
+        if not path.is_file():
+            continue
+        try:
+            described = read(path)
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise UserError(f"{where}: {path} cannot be read: {error!s:.500}") from error
+        configs = described.get("configs") if isinstance(described, dict) else None
+        for name in _strings(configs, set()):
+            # fsspec's names: protocol://path, outer::inner
+            path_only = "://" not in name and "::" not in name
+            if not path_only or name.startswith(("/", "~")) or ".." in Path(name).parts:
+                raise UserError(f"{where}: {path} takes files from {name:.200}, outside its folder")
+
+
+def _strings(value: Any, seen: set[int]) -> Iterator[str]:
+    """Every string in nested lists and dictionaries, once; of the latter the values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))  # a list may hold itself, or one list a million times
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _strings(each, seen)
 
 
 def _dataset_rows(source: Source) -> Iterator[str]:

@@ -307,6 +307,62 @@ def test_missing_parts_of_a_data_set_are_named(tiny_hub: Path, tmp_path: Path) -
         leaderboard_tasks.load(leaderboard_tasks.select(["winogrande"]), "leaderboard", broken)
 
 
+def _one_set(tmp_path: Path) -> Path:
+    """A mirror with TruthfulQA alone, of one row."""
+    from tests.eval.conftest import _write
+
+    folder = tmp_path / "hub" / "truthfulqa" / "truthful_qa"
+    row = {"question": "q", "mc1_targets": {"choices": ["a"], "labels": [1]}}
+    _write(folder, {"multiple_choice": {"validation": [row]}})
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("name", ["truthful_qa.py", "multiple_choice/x.pyc", "a/weights.pkl"])
+def test_a_mirror_with_code_is_refused(tmp_path: Path, name: str) -> None:
+    hub, ran = _one_set(tmp_path), tmp_path / "ran"
+    script = hub / "truthfulqa" / "truthful_qa" / name
+    script.parent.mkdir(exist_ok=True)
+    script.write_text(f"import os\nos.mkdir({str(ran)!r})\n")
+    with pytest.raises(UserError, match=rf"--data .*TruthfulQA holds .*\({name}\)"):
+        leaderboard_tasks.check_mirror(hub, leaderboard_tasks.select(["truthfulqa"]))
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"data_files": "../../secret.parquet"},
+        {"data_files": ["data/*", "/etc/hostname"]},
+        {"data_files": [{"split": "validation", "path": ["https://example.org/x.parquet"]}]},
+        {"data_files": "*.parquet", "data_dir": ".."},
+    ],
+)
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_mirror_that_takes_files_from_elsewhere_is_refused(
+    tmp_path: Path, entry: dict[str, Any], name: str
+) -> None:
+    chosen = leaderboard_tasks.select(["truthfulqa"])
+    hub = _one_set(tmp_path)
+    assert leaderboard_tasks.check_mirror(hub, chosen) == hub
+    fence = "---\n" if name == "README.md" else ""
+    described = json.dumps([{"config_name": "multiple_choice", **entry}])
+    card = hub / "truthfulqa" / "truthful_qa" / name
+    card.write_text(f"{fence}configs: {described}\n{fence}")
+    with pytest.raises(UserError, match=rf"TruthfulQA: .*/{name} takes files from"):
+        leaderboard_tasks.check_mirror(hub, chosen)
+
+
+def test_a_mirror_described_by_a_bomb_is_refused_at_once(tmp_path: Path) -> None:
+    hub = _one_set(tmp_path)
+    lines = ["a0: &a0 [x, x]"] + [f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 60)]
+    described = "\n".join(
+        ["---", *lines, "configs: [*a59, {data_files: /etc/hostname}]", "---", ""]
+    )
+    (hub / "truthfulqa" / "truthful_qa" / "README.md").write_text(described)
+    with pytest.raises(UserError, match="takes files from /etc/hostname"):
+        leaderboard_tasks.check_mirror(hub, leaderboard_tasks.select(["truthfulqa"]))
+
+
 def test_a_changed_mirror_is_read_again(tiny_hub: Path, tmp_path: Path) -> None:
     """Two mirrors of one README, and one whose file changed: `datasets` alone mixes them up."""
     from tests.eval.conftest import _truthful, _write

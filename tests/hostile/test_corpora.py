@@ -202,9 +202,11 @@ def test_data_sets_with_code(tmp_path, marker, refused, name):
         corpus.dataset_splits(str(folder), None)
 
 
-@pytest.mark.parametrize("path", ["../../secret.txt", "/etc/hostname", "https://example.org/x.txt"])
+@pytest.mark.parametrize(
+    "path",
+    ["../../secret.txt", "/etc/hostname", "https://example.org/x.txt", "filecache::/etc/hostname"],
+)
 def test_data_sets_that_take_files_from_elsewhere(tmp_path, refused, path):
-    corpus._import_datasets()  # whose own memory is not the question
     (tmp_path / "secret.txt").write_text("secret")
     configs = [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}]
     folder = _set(tmp_path, {}, f"---\nconfigs: {json.dumps(configs)}\n---\n")
