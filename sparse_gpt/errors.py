@@ -1,5 +1,6 @@
 """Exceptions that are meant for the user rather than for the programmer, and their exit codes."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -19,7 +20,9 @@ class Stopped(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point; exit code 2 after a `UserError`, 75 after `Stopped`.
 
-    A `UserError` is one line on stderr.
+    A `UserError` is one line on stderr. A process that has not left its group of ranks ends at
+    once: threads that wait for another rank would abort it on the interpreter's own way out, with
+    another exit code.
     """
     try:
         code = main()
@@ -30,4 +33,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         code = EXIT_USER_ERROR
     except Stopped:
         code = EXIT_STOPPED
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # whoever read it may be gone
+                stream.flush()
+        os._exit(code or 0)
     raise SystemExit(code or 0)

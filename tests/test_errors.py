@@ -1,0 +1,37 @@
+"""The way out of an entry point."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+# What threads of an exchange do at the interpreter's end: they abort the process.
+SCRIPT = """
+import atexit, os, sys
+import torch.distributed as dist
+from sparse_gpt.errors import Stopped, UserError, run_main
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+atexit.register(os.abort)
+def main():
+    print("said before", end="")
+    raise {error}
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [("UserError('bad key')", 2, "error: bad key\n"), ("Stopped('asked')", 75, "")],
+)
+def test_the_exit_code_stays_while_ranks_are_joined(error, code, said):
+    ended = subprocess.run(
+        [sys.executable, "-c", SCRIPT.format(error=error)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == code, ended.stderr
+    assert (ended.stdout, ended.stderr.endswith(said)) == ("said before", True)
