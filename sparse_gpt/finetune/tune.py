@@ -27,7 +27,8 @@ def tune(config: FinetuneConfig, source: WeightSource, splits: Sequence[str]) ->
     check_nodes(run)
     trainer = Trainer(run, source)
     try:
-        return _tune(config, source, trainer, splits)
+        with trainer.watch:
+            return _tune(config, source, trainer, splits)
     finally:
         trainer.close()
 

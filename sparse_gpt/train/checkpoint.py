@@ -23,6 +23,9 @@ from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps, steps_b
 from sparse_gpt.train.past_masks import load_past, past_masks
 from sparse_gpt.train.young_weights import YoungWeights
 
+# The tag of a save after non-finite steps: a run goes on from it, but a rollback goes back farther.
+UNSURE = "unsure"
+
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run, on every rank together."""
@@ -36,12 +39,17 @@ class Checkpointer:
         gpt_config: GPTConfig,
         identity: dict[str, Any],
         young: YoungWeights | None = None,
+        on_file: Callable[[], None] = lambda: None,
     ) -> None:
-        """`identity`: what a resumed run must share; see `Trainer` and `drift.check_drift`."""
+        """`identity`: what a resumed run must share; see `Trainer` and `drift.check_drift`.
+
+        `on_file` is called before each file that this rank writes.
+        """
         self.folder, self.keep_last = folder, keep_last
         self.disk = CheckpointFolder(folder)
         self.shards, self.controller = shards, controller
         self.gpt_config, self.identity, self.young = gpt_config, identity, young
+        self.on_file = on_file
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
 
     def save(self, step: int, state: dict[str, Any], tag: str | None = None) -> Path:
@@ -120,7 +128,7 @@ class Checkpointer:
             tensors = {name: parts[kind].float().cpu().numpy() for name, _, parts in mine}
             ranges = {name: (start, tensors[name].size) for name, start, _ in mine}
             file = f"{kind}-{self.rank:05d}.safetensors"
-            written[file] = files.write_tensors(folder / file, tensors, ranges)
+            written[file] = self._file(folder / file, tensors, ranges)
         masks, past = self.controller.masks, past_masks(self.controller, ever)
         topology = {"topology": masks, "trained": self.controller.trained, "ever": past}
         for kind, masks in topology.items():
@@ -132,20 +140,29 @@ class Checkpointer:
                     ranges[name] = (mask.start, mask.bits.numel)
             if masks or kind == "topology":
                 file = f"{kind}-{self.rank:05d}.safetensors"
-                written[file] = files.write_tensors(folder / file, bits, ranges)
+                written[file] = self._file(folder / file, bits, ranges)
         if self.controller.layouts:
             file = f"slots-{self.rank:05d}.safetensors"
             mine_of = list(self.controller.layouts.items())[self.rank :: self.world_size]
             slots = {name: layout.slots.cpu().numpy() for name, layout in mine_of}
             ranges = {name: (0, tensor.size) for name, tensor in slots.items()}
-            written[file] = files.write_tensors(folder / file, slots, ranges)
+            written[file] = self._file(folder / file, slots, ranges)
         if self.young is not None:
             file = f"young-{self.rank:05d}.safetensors"
             owned = {name: start for name, start, _ in mine}
-            written[file] = files.write_tensors(folder / file, _young_tensors(self.young, owned))
+            written[file] = self._file(folder / file, _young_tensors(self.young, owned))
         file = f"rng-{self.rank:05d}.safetensors"
-        written[file] = files.write_tensors(folder / file, _rng_state())
+        written[file] = self._file(folder / file, _rng_state())
         return written
+
+    def _file(
+        self,
+        path: Path,
+        tensors: dict[str, np.ndarray],
+        ranges: dict[str, tuple[int, int]] | None = None,
+    ) -> dict[str, Any]:
+        self.on_file()
+        return files.write_tensors(path, tensors, ranges)
 
     def _owned(self) -> Any:
         """(name, start, tensors) this rank writes; replicated parameters go to one rank each."""
@@ -200,6 +217,15 @@ class Checkpointer:
 
         found = on_first_rank(find, f"checkpoint folder {self.folder}")
         return Path(found) if found else None
+
+    def last(self) -> Path | None:
+        """The checkpoint that a run goes on from. A collective."""
+        found = [path for path in (self.newest(), self.newest(UNSURE)) if path is not None]
+        return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+    def forget_unsure(self) -> None:
+        """Remove what is not to be gone on from any more. A collective."""
+        self._on_first(lambda: self.disk.remove(UNSURE))
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restore weights, moments, topology and generators; returns the saved manifest.

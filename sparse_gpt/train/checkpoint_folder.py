@@ -86,6 +86,15 @@ class CheckpointFolder:
                 folder.rename(retired[-1])
         self._remove(retired)
 
+    def remove(self, tag: str) -> None:
+        """Remove all checkpoints of a tag."""
+        retired = []
+        for step in list_steps(self.path, tag):
+            folder = self.path / step_folder(step, tag)
+            retired.append(folder.with_name(folder.name + RETIRED))
+            folder.rename(retired[-1])
+        self._remove(retired)
+
     def _put_back(self) -> None:
         for replaced in self.path.glob(f"*{REPLACED}"):
             final = replaced.with_name(replaced.name.removesuffix(REPLACED))

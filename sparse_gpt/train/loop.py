@@ -1,8 +1,6 @@
 """The Trainer: one readable loop around a DeepSpeed engine."""
 
-import functools
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,36 +20,25 @@ from sparse_gpt.data.loader import (
     common_vocabulary,
 )
 from sparse_gpt.data.order import derive_key
-from sparse_gpt.data.tokenizer import copy_tokenizer
-from sparse_gpt.durable import make_folder
 from sparse_gpt.errors import Stopped, UserError
 from sparse_gpt.model.flops import FlopsLedger
-from sparse_gpt.ops import BlockLayout
-from sparse_gpt.sparse_units import scoring_cost, solve
-from sparse_gpt.topology.interfaces import SavedMasks, UpdateReport
-from sparse_gpt.topology.shards import shards_of
+from sparse_gpt.sparse_units import solve
+from sparse_gpt.topology.interfaces import UpdateReport
 from sparse_gpt.train import build, unfreezing
-from sparse_gpt.train.checkpoint import Checkpointer
+from sparse_gpt.train.assemble import assemble
+from sparse_gpt.train.checkpoint import UNSURE, Checkpointer
 from sparse_gpt.train.drift import check_drift, conversion
 from sparse_gpt.train.dry_run import dry_run
-from sparse_gpt.train.engine import (
-    build_model,
-    deepspeed_config,
-    free_engine,
-    init_ranks,
-    resolve_precision,
-    start_engine,
-)
+from sparse_gpt.train.engine import free_engine, init_ranks, resolve_precision
 from sparse_gpt.train.evaluate import Evaluation, evaluate, to_device
-from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import Diverged, StepHealth, clip_gradients, inspect_step
-from sparse_gpt.train.init_masks import MaskFinder, RewoundWeights, saved_counts
+from sparse_gpt.train.init_masks import RewoundWeights
 from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.nonfinite import describe_bad_step
 from sparse_gpt.train.optim import learning_rate
-from sparse_gpt.train.provenance import write_provenance
 from sparse_gpt.train.records import first_topology_record, step_record, update_record
+from sparse_gpt.train.run_folder import RunFolder
 from sparse_gpt.train.signals import StopRequests, deadline_of, describe
 from sparse_gpt.train.spikes import spike_record
 from sparse_gpt.train.state import TrainState
@@ -75,7 +62,8 @@ class Trainer:
         self.total_steps = config.total_steps(self.world_size)
         self.warmup_steps = config.warmup_steps(self.world_size)
         self.run_dir = config.run_dir
-        on_first_rank(self._claim_run_dir, "output_dir")
+        self.folder = RunFolder(config.run_dir)
+        on_first_rank(self.folder.claim, "output_dir")
         self.data = build.open_sources(config.data)
         self.vocab_size, self.eos_id = common_vocabulary([data for data, _ in self.data])
         self.solution = solve(config, self.vocab_size)
@@ -97,66 +85,27 @@ class Trainer:
         )
         self._start(source)
 
-    def _claim_run_dir(self) -> None:
-        make_folder(self.run_dir)
-        probe = self.run_dir / ".probe"
-        probe.touch()
-        probe.unlink()
-
     def _dataset(self, split: str) -> PackedDataset:
         c = self.config
         return PackedDataset(self.data, split, c.seq_len, c.seed, c.document_attention)
 
     def _start(self, source: build.WeightSource | None) -> None:
-        """Model, engine, topology: masks are drawn and applied where the masters are sharded."""
-        config = self.config
-        lottery = config.sparsity.lottery
+        """Model, engine, topology, and what counts and saves them."""
+        config, lottery = self.config, self.config.sparsity.lottery
         if source is None and lottery is not None and lottery.rewind is not None:
             source = RewoundWeights(lottery.rewind)
-        if source is not None:
-            build.check_source(
-                self.gpt_config,
-                source.gpt_config,
-                self.data[0][0].tokenizer_sha256,
-                source.tokenizer_sha256,
-            )
-        units = build.initial_units(self.solution, source)
-        finder = None
-        if config.sparsity.init_mask != "random":
-            counts = saved_counts(self.run_dir / "checkpoints", units)
-            if counts is None:
-                finder = MaskFinder(
-                    config, units, self.train_data, self.rank, self.world_size, self.device
-                )
-                cost = scoring_cost(config, self.vocab_size, self.solution)
-                self.state.flops_spent = config.batch(self.world_size) * cost
-            units = counts or units
-        ds_config = deepspeed_config(config, self.precision, self.world_size, self.device)
-        drawn = build.first_topology(config, self.solution, units, source, self.world_size)
-        layouts: dict[str, BlockLayout] = {}
-        together = functools.partial(on_every_rank, where="the weights to start from")
-        together(lambda: layouts.update(build.layouts_of(config, self.solution, units, drawn)))
-        initialise = build.initialiser(config, source, units, together)
-        model = build_model(config, self.gpt_config, ds_config, initialise, layouts)
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        layers = build.sparse_layers(model, units, config, self.device, dtype)
-        torch.manual_seed(derive_key(config.seed, "rank", self.rank) % 2**63)
-        if finder is not None:
-            finder.before_engine(model)
-        self.engine, self.optimizer = start_engine(model, config, ds_config, units)
-        self.shards = shards_of(self.engine, self.optimizer)
-        for layer in layers.values():
-            layer.layout = None if layer.layout is None else layer.layout.to(self.device)
-        saved: SavedMasks | None = source if source is not None and source.layers else drawn
-        if finder is not None:
-            saved = finder.find(self.engine, self.optimizer, self.shards)
-            units = saved.units
-        self.controller = build.controller_of(
-            config, layers, units, self.shards, saved, self.world_size, together
+        made = assemble(
+            config,
+            source,
+            gpt_config=self.gpt_config,
+            solution=self.solution,
+            data=self.train_data,
+            tokenizer_sha256=self.data[0][0].tokenizer_sha256,
+            device=self.device,
+            precision=self.precision,
         )
-        self.shards.push_masters()
-        if config.optimizer.growth == "smet":
-            build.watch_young_weights(config, self.optimizer, self.shards, self.controller)
+        self.engine, self.optimizer, self.shards = made.engine, made.optimizer, made.shards
+        self.controller, self.state.flops_spent = made.controller, made.flops_spent
         masks = self.controller.masks
         active = {name: mask.active * mask.block_size for name, mask in masks.items()}
         self.ledger = FlopsLedger.of(
@@ -178,6 +127,7 @@ class Trainer:
                 "source": source.identity if source is not None else None,
             },
             self.optimizer.young,
+            self.watch.mark,
         )
 
     def fit(self) -> TrainState:
@@ -202,10 +152,7 @@ class Trainer:
                 self.metrics.say(f"nothing to do: the run ended at step {state.step}")
                 return state
             self._dry_run()
-            stops = torch.tensor(self.stop_requests.flags(), device=self.device)
-            dist.all_reduce(stops)
-            if any(stops.tolist()):
-                self._stop(stops.tolist())
+            self._heed_stops()
             self._train_until(min(config.stop_at or self.total_steps, self.total_steps))
         finally:
             self.metrics.close()
@@ -223,7 +170,6 @@ class Trainer:
             config.peak_tflops,
             masked=config.sparsity.storage == "masked",
         )
-        nonfinite = 0
         saved = state.step
         stops: Sequence[float] = ()
         try:
@@ -235,16 +181,16 @@ class Trainer:
                 health, update = self._step(step, batches)
                 self.watch.rest()
                 flops = self._account(step, health)
-                nonfinite = 0 if health.finite else nonfinite + 1
+                state.bad_steps = 0 if health.finite else state.bad_steps + 1
                 self._log_numbers(step, health)
-                if nonfinite >= config.optimizer.max_nonfinite_steps:
+                if state.bad_steps >= config.optimizer.max_nonfinite_steps:
                     self._roll_back(
-                        f"{nonfinite} steps in a row had a non-finite loss or gradient (last: step "
-                        f"{step}, loss {health.loss}; {self._bad_step})",
-                        step - nonfinite,
+                        f"{state.bad_steps} steps in a row had a non-finite loss or gradient "
+                        f"(last: step {step}, loss {health.loss}; {self._bad_step})",
+                        step - state.bad_steps,
                     )
                     batches.close()
-                    batches, nonfinite, saved = self._batches(), 0, state.step
+                    batches, saved = self._batches(), state.step
                     continue
                 self.throughput.add(config.batch(self.world_size) * config.seq_len, flops)
                 if update is not None:
@@ -261,14 +207,16 @@ class Trainer:
                 if state.finished or any(stops):
                     break
                 every = config.checkpoint.every
-                if every and step % every == 0 and not nonfinite:  # what a rollback goes back to
+                if every and step % every == 0 and not state.bad_steps:
                     with self.throughput.paused():
                         self.save()
                     saved = step
         finally:
             batches.close()
         if saved != state.step:
-            self.save()
+            goes_on = state.step < self.total_steps and not state.finished
+            rolls_back = config.optimizer.on_nonfinite == "rollback"
+            self.save(UNSURE if state.bad_steps and goes_on and rolls_back else None)
         if any(stops) and not state.finished and state.step < last_step:
             self._stop(stops)
 
@@ -304,6 +252,7 @@ class Trainer:
         saved = TrainState()
         saved.restore(manifest["state"], newest)
         state.roll_back(saved)
+        self.checkpointer.forget_unsure()
         self.metrics.rewind(state.step)
         skipped = state.samples - saved.samples
         values = {"because": what, "skipped_samples": skipped, "rollbacks": state.rollbacks}
@@ -311,6 +260,13 @@ class Trainer:
         self.metrics.say(
             f"rolled back to step {state.step}  {newest}: {what}; {skipped} samples are skipped"
         )
+
+    def _heed_stops(self) -> None:
+        """`Stopped` where any rank was asked to stop; of what is trained all is saved."""
+        stops = torch.tensor(self.stop_requests.flags(), device=self.device)
+        dist.all_reduce(stops)
+        if any(stops.tolist()):
+            self._stop(stops.tolist())
 
     def _stop(self, stops: Sequence[float]) -> NoReturn:
         step = self.state.step
@@ -398,13 +354,22 @@ class Trainer:
         state.skipped_steps += not health.finite
         return flops
 
-    def evaluate(self, split: str, sequences: int | None = None) -> Evaluation:
-        """Mean loss over a split's whole windows of `seq_len`. A collective."""
+    def evaluate(
+        self, split: str, sequences: int | None = None, stoppable: bool = False
+    ) -> Evaluation:
+        """Mean loss over a split's whole windows of `seq_len`. A collective.
+
+        `stoppable`: raises `Stopped` between two batches where any rank was asked to stop.
+        """
         dataset = self._dataset(split)
+
+        def on_batch() -> None:
+            self.watch.mark()
+            if stoppable:
+                self._heed_stops()
+
         try:
-            return evaluate(
-                self.engine, dataset, self.config.micro_batch_size, sequences, self.watch.mark
-            )
+            return evaluate(self.engine, dataset, self.config.micro_batch_size, sequences, on_batch)
         finally:
             self.watch.rest()
 
@@ -445,8 +410,12 @@ class Trainer:
 
     def save(self, tag: str | None = None) -> Path:
         """Save now; first the log, a run that goes on repeats none of it. A collective."""
+        self.watch.mark()
         on_first_rank(self.metrics.sync, "the log of the run")
         path = self.checkpointer.save(self.state.step, asdict(self.state), tag)
+        if tag is None:
+            self.checkpointer.forget_unsure()
+        self.watch.rest()
         self.metrics.say(f"saved      step {self.state.step}  {path}")
         return path
 
@@ -458,7 +427,7 @@ class Trainer:
 
     def _resume(self) -> None:
         mode = self.config.checkpoint.resume
-        newest = self.checkpointer.newest()
+        newest = self.checkpointer.last()
         if mode == "never":
             if newest is not None:
                 raise UserError(
@@ -482,18 +451,13 @@ class Trainer:
             torch.manual_seed(key % 2**63)
 
     def _open_run_dir(self) -> None:
-        """Rank 0: provenance, the log, and the tokenizer, so that an export needs nothing else."""
-        write_provenance(self.run_dir, dump_yaml(self.config))
+        self.folder.describe(
+            dump_yaml(self.config), self.data[0][0].tokenizer_path, anew=self.state.step == 0
+        )
         self.metrics.start(self.state.step)
-        source, target = self.data[0][0].tokenizer_path, self.run_dir / "tokenizer"
-        if source is not None and (self.state.step == 0 or not target.exists()):
-            temporary = target.with_name("tokenizer.tmp")
-            shutil.rmtree(temporary, ignore_errors=True)
-            copy_tokenizer(source, temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
 
     def close(self) -> None:
         """Free the engine; the process group stays, for the next Trainer or the exit."""
         self.metrics.close()
         free_engine(self.engine)
+        self.folder.release()

@@ -40,9 +40,10 @@ def pretrain(config_path: Path | str, overrides: Sequence[str] = ()) -> TrainSta
         f"ZeRO stage {config.deepspeed.zero_stage}, in {trainer.run_dir}"
     )
     try:
-        state = trainer.fit()
-        if config.evaluation.final:
-            final_results(trainer)
+        with trainer.watch:
+            state = trainer.fit()
+            if config.evaluation.final:
+                final_results(trainer)
     except Stopped:
         _leave(trainer)
         raise

@@ -18,8 +18,11 @@ SPLITS = ("val", "test")
 
 
 def describe(trainer: Trainer, split: str) -> dict[str, Any]:
-    """Loss and perplexity a token and a (white-space) word of the source text, over a split."""
-    result: Evaluation = trainer.evaluate(split)
+    """Loss and perplexity a token and a (white-space) word of the source text, over a split.
+
+    A collective; raises `Stopped` where the run was asked to stop meanwhile.
+    """
+    result: Evaluation = trainer.evaluate(split, stoppable=True)
     splits = [data.split(split) for data, _ in trainer.data]
     tokens, words = sum(s.n_tokens for s in splits), [s.n_words for s in splits]
     word_perplexity = None

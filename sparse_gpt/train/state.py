@@ -7,7 +7,11 @@ from typing import Any
 from sparse_gpt.errors import UserError
 from sparse_gpt.train.spikes import WINDOW
 
-LATER = {"recent_losses", "rollbacks"}  # what checkpoints of an earlier version do not have
+LATER = {
+    "recent_losses",
+    "rollbacks",
+    "bad_steps",
+}  # what checkpoints of an earlier version do not have
 
 
 def _is_count(value: Any) -> bool:
@@ -34,6 +38,7 @@ class TrainState:
     tokens: int = 0
     flops_spent: int = 0
     skipped_steps: int = 0  # non-finite
+    bad_steps: int = 0  # of them, in a row up to now
     best_loss: float | None = None
     bad_validations: int = 0  # in a row, without a new best
     finished: bool = False  # stopped early for good
@@ -61,4 +66,5 @@ class TrainState:
         """Become a saved state but for what was consumed and spent since, which stays so."""
         for name in ("step", "best_loss", "bad_validations", "recent_losses"):
             setattr(self, name, getattr(saved, name))
+        self.bad_steps = 0
         self.rollbacks += 1

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType, TracebackType
 from typing import Any
@@ -41,7 +42,8 @@ class LostRank(RuntimeError):
 class Watch:
     """Watches the ranks of one run, as a context around it. Entering and leaving are collectives.
 
-    Leaving by an exception tells the other ranks of it, or waits for what they found.
+    Leaving by an exception tells the other ranks of it, or waits for what they found. Within
+    itself the context changes nothing. A rank that is alone watches its own headway.
     """
 
     def __init__(self, timeouts: TimeoutsConfig) -> None:
@@ -52,6 +54,7 @@ class Watch:
         self._finding = self._verdict = ""  # what this rank found; what all have agreed on
         self._found, self._done = threading.Event(), threading.Event()
         self._threads: list[threading.Thread] = []
+        self._depth = 0
 
     def mark(self) -> None:
         """The main thread has made headway; the next mark, or rest, is due in `progress`."""
@@ -62,24 +65,32 @@ class Watch:
         self._since, self._counts = time.monotonic(), False
 
     def __enter__(self) -> "Watch":
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        self._main = threading.get_ident()
         if self.world_size == 1:
+            self._nodes: list[Any] = [(socket.gethostname(),)]
+            self._start(self._look_at_itself)
             return self
         self._store = self._open_store()
-        self._main = threading.get_ident()
         me = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
-        self._nodes: list[Any] = [None] * self.world_size
+        self._nodes = [None] * self.world_size
         dist.all_gather_object(self._nodes, me)
         self._peers = _peers(self._nodes, self.rank)
         self._answered = time.monotonic()
         self._heard = [self._answered] * self.world_size  # rank 0: of the last new sign of life
         self._signs = [""] * self.world_size
+        self._start(self._beat, self._judge)
+        return self
+
+    def _start(self, *targets: Callable[[], None]) -> None:
         self._threads = [
             threading.Thread(target=target, name=f"watch-{target.__name__}", daemon=True)
-            for target in (self._beat, self._judge)
+            for target in targets
         ]
         for thread in self._threads:
             thread.start()
-        return self
 
     def __exit__(
         self,
@@ -87,7 +98,8 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if not self._threads:
+        self._depth -= 1
+        if self._depth:
             return
         if error is not None and not isinstance(error, Stopped | UserError):
             self._explain(error)
@@ -98,6 +110,8 @@ class Watch:
             dist.barrier()  # rank 0's store is the last to go
 
     def _explain(self, error: BaseException) -> None:
+        if self.world_size == 1:
+            return
         if not _is_lost_exchange(error):
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             self._finding = f"{self._name(self.rank)} failed in step {self.step}: {what}"
@@ -149,13 +163,8 @@ class Watch:
         count = 0
         while not self._done.wait(BEAT_SECONDS):
             count += 1
-            idle = time.monotonic() - self._since
-            sign: dict[str, Any] = {"count": count, "step": self.step}
-            if idle > self.timeouts.progress:
-                where = describe_place(sys._current_frames().get(self._main))
-                sign |= {"idle": idle, "counts": self._counts, "where": where}
             try:
-                self._store.set(f"sign/{self.rank}", json.dumps(sign))
+                self._store.set(f"sign/{self.rank}", json.dumps({"count": count, **self._sign()}))
                 if self._finding:
                     self._settle(self._store.compare_set(VERDICT, "", self._finding).decode())
                 elif self._store.check([VERDICT]):
@@ -171,6 +180,13 @@ class Watch:
                 return
             self._answered = time.monotonic()
 
+    def _sign(self) -> dict[str, Any]:
+        idle = time.monotonic() - self._since
+        if idle <= self.timeouts.progress:
+            return {"step": self.step}
+        where = describe_place(sys._current_frames().get(self._main))
+        return {"step": self.step, "idle": idle, "counts": self._counts, "where": where}
+
     def _read_signs(self) -> None:
         keys = [f"sign/{rank}" for rank in range(self.world_size)]
         there = [rank for rank, key in enumerate(keys) if self._store.check([key])]
@@ -180,6 +196,13 @@ class Watch:
                 self._signs[rank], self._heard[rank] = sign, time.monotonic()
 
     # The thread that judges, and ends the process.
+
+    def _look_at_itself(self) -> None:
+        while not self._done.wait(BEAT_SECONDS):
+            if found := self._stuck({0: self._sign()}):
+                self._settle(found)
+                self._end()
+                return
 
     def _judge(self) -> None:
         before = time.monotonic()
@@ -215,26 +238,26 @@ class Watch:
                     f"{self._name(rank)} has given no sign of life for {silence:g} s "
                     f"(timeouts.silence); {self._last_step(rank)}"
                 )
-        return self._stuck()
+        signs = enumerate(self._signs)
+        return self._stuck({rank: json.loads(sign) for rank, sign in signs if sign})
 
     def _last_step(self, rank: int) -> str:
         sign = self._signs[rank]
         step = json.loads(sign)["step"] if sign else self.step  # only rank 0 reads them
         return f"the last step was {step}"
 
-    def _stuck(self) -> str:
-        signs = {rank: json.loads(sign) for rank, sign in enumerate(self._signs) if sign}
+    def _stuck(self, signs: dict[int, dict[str, Any]]) -> str:
         idle = {rank: sign for rank, sign in signs.items() if "idle" in sign}
-        longest = max((sign["idle"] for sign in idle.values() if sign["counts"]), default=0.0)
-        # The stuck rank made its last mark first or last: all must have said where they are.
-        if not longest or (len(idle) < len(signs) and longest < self.timeouts.progress + 5):
+        # Where a rank makes headway, the others wait for it; and all must have said where they are.
+        if len(idle) < len(signs) or not any(sign["counts"] for sign in idle.values()):
             return ""
         outside = [rank for rank, sign in idle.items() if not sign["where"]["exchange"]]
         named = outside or list(idle)
         places = "; ".join(
             f"{self._name(rank)} is in {idle[rank]['where']['place']}" for rank in named[:8]
         )
-        rest = f"; {len(idle) - len(named)} others wait in an exchange" if outside else ""
+        others = len(idle) - len(named)
+        rest = f"; {others} others wait in an exchange" if others else ""
         step = min(sign["step"] for sign in idle.values())
         return (
             f"step {step} has made no headway for {self.timeouts.progress:g} s "

@@ -52,6 +52,7 @@ def trainer(config: RunConfig, source: Any = None) -> Iterator[Any]:
         yield made
     finally:
         made.metrics.close()
+        made.folder.release()
         engine = made.engine
         for reference in ("engine", "optimizer", "shards", "controller", "checkpointer"):
             delattr(made, reference)

@@ -136,6 +136,30 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after(corpus, tmp_
     assert len({*starts[:6], *starts[8:]}) == 9
 
 
+@pytest.mark.parametrize("mode", ["stop", "rollback"])
+@pytest.mark.parametrize("step", [4, 6])  # before them; after the first
+def test_a_stop_among_bad_steps_changes_nothing(corpus, tmp_path, mode, step):
+    """Bad are steps 6 and 7 of 9; a run that stopped meanwhile ends as the undisturbed one."""
+    changes = {
+        "max_steps": 9,
+        "checkpoint__every": 4,
+        "checkpoint__keep_last": 1,
+        "optimizer__max_nonfinite_steps": 2,
+        "optimizer__on_nonfinite": mode,
+    }
+    whole = run_ranks(1, train, corpus, str(tmp_path / "whole"), [41, 49], **changes)[0]
+    run = tmp_path / "run"
+    run_ranks(1, train, corpus, str(run), [41, 49], stop_at=step, **changes)
+    unsure = run / "checkpoints" / f"unsure-{step:08d}"
+    assert unsure.exists() == (mode == "rollback" and step == 6)
+    again = run_ranks(1, train, corpus, str(run), [41, 49], **changes)[0]
+    assert again["steps"] == whole["steps"][step:]
+    assert again["states"] == whole["states"][step:]
+    assert (again["state"], again["problem"]) == (whole["state"], whole["problem"])
+    assert whole["problem"].startswith("2 steps in a row") == (mode == "stop")
+    assert not unsure.exists()
+
+
 @pytest.mark.slow
 def test_rollbacks_are_limited_and_need_a_checkpoint(corpus, tmp_path):
     changes = {

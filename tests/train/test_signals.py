@@ -202,7 +202,7 @@ def train(corpus, out, place=None, rank=None, **changes):
     """A run of two ranks with everything in it; `rank` asks to stop when it comes to `place`."""
     import torch.distributed as dist
 
-    from sparse_gpt.train import loop
+    from sparse_gpt.train import loop, results
 
     config = run_config(
         corpus,
@@ -214,7 +214,7 @@ def train(corpus, out, place=None, rank=None, **changes):
         evaluation__every=3,
         **changes,
     )
-    evaluate = loop.evaluate
+    evaluate, final = loop.evaluate, results.describe
     signals._process.received.clear()
     said = []
     try:
@@ -237,17 +237,20 @@ def train(corpus, out, place=None, rank=None, **changes):
                     "evaluate": loop,
                     "_update": made.controller,
                     "_write": made.checkpointer,
+                    "describe": results,
                 }
                 asking(owners[place], place)
             say = made.metrics.say
             made.metrics.say = lambda text: (said.append(text), say(text))
             try:
                 made.fit()
+                if config.evaluation.final:
+                    results.final_results(made)
                 return "ended", said
             except Stopped:
                 return "stopped", said
     finally:
-        loop.evaluate = evaluate
+        loop.evaluate, results.describe = evaluate, final
         signals._process.received.clear()
         signals._process.ended = False
 
@@ -299,6 +302,18 @@ def test_all_ranks_stop_after_the_same_step_and_go_on_bit_for_bit(
     assert [result for result, _ in results] == ["ended"] * 2
     assert any(text.startswith(f"resumed    step {last} ") for text in results[0][1]) == bool(last)
     assert (curve(run), digests(run)) == undisturbed
+
+
+def test_a_stop_in_the_evaluation_after_the_last_step(corpus, tmp_path, undisturbed):
+    run = tmp_path / "run"
+    results = run_ranks(2, train, corpus, str(run), "describe", 1, evaluation__final=True)
+    assert [result for result, _ in results] == ["stopped"] * 2
+    assert f"stopped    step {STEPS}  asked by SIGUSR1 (1 of 2 ranks)" in "\n".join(results[0][1])
+    assert not (run / "results.json").exists()
+    results = run_ranks(2, train, corpus, str(run), evaluation__final=True)
+    assert [result for result, _ in results] == ["ended"] * 2
+    assert json.loads((run / "results.json").read_text())["tested_step"] == STEPS
+    assert digests(run)[1] == undisturbed[1][1]
 
 
 def test_a_run_with_a_stop_file_or_past_its_deadline_trains_nothing(corpus, tmp_path):

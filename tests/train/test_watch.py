@@ -11,6 +11,7 @@ import pytest
 from sparse_gpt.config import TimeoutsConfig
 from sparse_gpt.errors import UserError
 from tests.ranks import RankError, run_ranks
+from tests.tiny import write_corpus
 
 HOST = socket.gethostname()
 STEP = 3
@@ -90,6 +91,72 @@ def test_a_rank_that_hangs_is_named_with_the_place(monkeypatch, fault):
     assert "step 3 has made no headway for 2 s (timeouts.progress): " in said
     assert f"rank 1 on {HOST} is in {__file__}:" in said
     assert "stay_here; 2 others wait in an exchange" in said
+
+
+def test_a_rank_alone_that_hangs_says_where(monkeypatch):
+    said = lost(monkeypatch, 1, 0, "hang", progress=2.0)
+    assert (
+        f"error: step 3 has made no headway for 2 s (timeouts.progress): rank 0 on {HOST}" in said
+    )
+    assert "stay_here" in said and "others" not in said
+
+
+def busy_while_the_others_wait(progress):
+    import torch
+    import torch.distributed as dist
+
+    from sparse_gpt.train import watch
+
+    watch.BEAT_SECONDS, watch.GRACE_SECONDS = 0.2, 0.5
+    with watch.Watch(TimeoutsConfig(progress=progress)) as watching:
+        watching.mark()
+        until = time.monotonic() + progress + 7
+        while dist.get_rank() == 1 and time.monotonic() < until:
+            watching.mark()
+            time.sleep(0.1)
+        dist.all_reduce(torch.ones(1))
+
+
+def test_ranks_that_wait_for_one_that_makes_headway_go_on_waiting():
+    run_ranks(2, busy_while_the_others_wait, 1.0)
+
+
+def hang_in(place, corpus, out):
+    """A run whose rank 1 hangs in the last save, or in the evaluation after the last step."""
+    import torch.distributed as dist
+
+    from sparse_gpt.train import checkpoint_files, results, watch
+    from tests.contracts.runs import run_config, trainer
+
+    watch.BEAT_SECONDS, watch.GRACE_SECONDS = 0.2, 0.5
+    owner, name = {
+        "save": (checkpoint_files, "write_tensors"),
+        "evaluation": (results, "describe"),
+    }[place]
+    inner = getattr(owner, name)
+
+    def meet(*arguments):
+        if dist.get_rank() == 1:
+            stay_here()
+        return inner(*arguments)
+
+    config = run_config(corpus, out, max_steps=4, timeouts__progress=5.0)
+    with trainer(config) as made, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, meet)
+        with made.watch:
+            made.fit()
+            results.final_results(made)
+
+
+@pytest.mark.parametrize("place", ["save", "evaluation"])
+def test_a_rank_that_hangs_after_the_last_step_is_named(monkeypatch, tmp_path, place):
+    monkeypatch.setattr("tests.ranks.GRACE_SECONDS", 20.0)
+    corpus = write_corpus(tmp_path / "tiny", documents=40, val_documents=2)
+    with pytest.raises(RankError) as caught:
+        run_ranks(2, hang_in, place, str(corpus), str(tmp_path / "run"))
+    said = str(caught.value)
+    assert f"has made no headway for 5 s (timeouts.progress): rank 1 on {HOST} is in" in said
+    assert "stay_here; 1 others wait in an exchange" in said
 
 
 @pytest.mark.slow

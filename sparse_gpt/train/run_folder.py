@@ -1,0 +1,105 @@
+"""The folder of a run: one process at a time writes there. Rank 0's."""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import socket
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+from sparse_gpt.data.tokenizer import copy_tokenizer
+from sparse_gpt.durable import make_folder
+from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import read_object
+from sparse_gpt.train.provenance import write_provenance
+
+LOCK = ".lock"
+WAIT_SECONDS = 60.0  # for the ranks of a start before, which are saving
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
+
+
+class RunFolder:
+    """What is claimed stays so until `release`, or the end of the process, however that comes.
+
+    A lock of POSIX: no process that was forked off keeps it, and network file systems know it.
+    """
+
+    def __init__(self, path: Path, wait: float = WAIT_SECONDS) -> None:
+        """`wait`: seconds for another process to give the folder up."""
+        self.path, self.wait = path, wait
+        self._lock = None
+
+    def claim(self) -> None:
+        """Make the folder, and lock it. `UserError` where another run does not leave it."""
+        make_folder(self.path)
+        probe = self.path / ".probe"
+        probe.touch()
+        probe.unlink()
+        self._lock = open(self.path / LOCK, "a+b")  # noqa: SIM115
+        deadline, said = time.monotonic() + self.wait, False
+        while not self._locked():
+            holder = self._holder()
+            if time.monotonic() > deadline:
+                self.release()
+                raise UserError(
+                    f"{self.path} is in use by {holder}: two runs cannot share a folder; end that "
+                    "one, wait for its end, or choose another output_dir or name"
+                )
+            if not said:
+                self._say(f"waiting for {holder}, which uses {self.path}")
+                said = True
+            time.sleep(0.2)
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
+        with contextlib.suppress(OSError):  # a full disk is named by what needs it
+            self._lock.truncate(0)
+            self._lock.write(json.dumps(holder).encode())
+            self._lock.flush()
+
+    def _locked(self) -> bool:
+        assert self._lock is not None
+        try:
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            self._say(f"{self.path}: a file system without locks; see to it that one run uses it")
+        return True
+
+    def _holder(self) -> str:
+        try:
+            holder = read_object(self.path / LOCK)
+            return f"process {holder['pid']} on {holder['host']}, started {holder['started']}"
+        except (OSError, ValueError, KeyError):
+            return "another process"
+
+    @staticmethod
+    def _say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def describe(self, config: str, tokenizer: Path | None, anew: bool) -> None:
+        """Provenance, and the tokenizer, so that an export needs nothing else.
+
+        `config`: resolved, as YAML. `anew`: the run begins, whatever an earlier one left.
+        """
+        write_provenance(self.path, config)
+        target = self.path / "tokenizer"
+        if tokenizer is not None and (anew or not target.exists()):
+            temporary = target.with_name("tokenizer.tmp")
+            shutil.rmtree(temporary, ignore_errors=True)
+            copy_tokenizer(tokenizer, temporary)
+            shutil.rmtree(target, ignore_errors=True)
+            temporary.rename(target)
+
+    def release(self) -> None:
+        """Give the folder up; safe to call twice."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
