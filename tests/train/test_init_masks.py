@@ -199,7 +199,7 @@ def test_weights_that_zero_3_shards_cannot_be_differentiated_twice(corpus, tmp_p
 
 def trained(corpus, out, config_changes, scoring_allowed=True):
     """The state of a run at its end, and what it cost: FLOPs spent, foreseen and of a step."""
-    forbidden = mock.patch("sparse_gpt.train.loop.MaskFinder", side_effect=AssertionError)
+    forbidden = mock.patch("sparse_gpt.train.assemble.MaskFinder", side_effect=AssertionError)
     config = run_config(corpus, out, **config_changes)
     with (
         forbidden if not scoring_allowed else mock.MagicMock(),

@@ -24,10 +24,10 @@ def ended(corpus, out, changes):
         made.fit()
         evaluated, evaluate = [], made.evaluate
 
-        def counted(split, sequences=None):
-            assert sequences is None
+        def counted(split, stoppable):
+            assert stoppable
             evaluated.append(split)
-            return evaluate(split, sequences)
+            return evaluate(split, stoppable=stoppable)
 
         made.evaluate = counted
         results = final_results(made)
