@@ -197,6 +197,24 @@ def test_a_run_goes_on_in_either_storage(corpus, tmp_path, method, first, then):
     same_weights(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
 
 
+@pytest.mark.skipif(
+    block_cpu.why_not(torch.device("cpu"), torch.float32) is not None, reason="no native kernels"
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("structure", ["block", "unstructured"])
+def test_a_run_with_a_real_kernel_goes_on_bit_for_bit(corpus, tmp_path, structure, precision):
+    """Stopped twice: behind an update, and before one."""
+    given = changes("compact", "rigl", structure, sparsity__kernel="block_cpu", precision=precision)
+    (whole,) = run_ranks(2, train, corpus, f"{tmp_path}/whole", given)[0]
+    losses = []
+    for stop in (4, 8, None):
+        more = given | ({} if stop is None else {"stop_at": stop})
+        (part,) = run_ranks(2, train, corpus, f"{tmp_path}/parts", more)[0]
+        losses += part[0]
+    assert losses == whole[0] and len(losses) == 12
+    same_weights(newest(tmp_path / "whole"), newest(tmp_path / "parts"))
+
+
 def broken_slots(corpus, out, change):
     """The error of going on from a checkpoint whose slots were changed, manifest and all."""
     reader = newest(Path(out))

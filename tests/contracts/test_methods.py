@@ -1,4 +1,4 @@
-"""Every sparse training method in a real run: trained, resumed in the middle, planned, exported."""
+"""Every sparse training method in a real run: trained, resumed twice, planned, exported."""
 
 import hashlib
 from pathlib import Path
@@ -81,9 +81,14 @@ def check(corpus: str, tmp_path: Path, method: str, ranks: int, stage: int, prec
     given = changes(method, ranks, stage, precision)
     results = run_ranks(ranks, train, corpus, str(tmp_path / "whole"), given)
     saved_at(tmp_path / "whole", MIDDLE, tmp_path / "resumed")
+    stopping = given | {"stop_at": MIDDLE + 4}
+    between = run_ranks(ranks, train, corpus, str(tmp_path / "resumed"), stopping)
     again = run_ranks(ranks, train, corpus, str(tmp_path / "resumed"), given)
-    for (seen, state, logits), (seen_again, state_again, logits_again) in zip(results, again):
-        assert seen_again == seen[MIDDLE:]
+    for (seen, state, logits), (seen_between, *_), (seen_again, state_again, logits_again) in zip(
+        results, between, again
+    ):
+        assert seen_between + seen_again == seen[MIDDLE:]
+        assert len(seen_between) == 4
         assert state_again == state
         assert np.array_equal(logits, logits_again)
     seen, state, logits = results[0]

@@ -9,6 +9,7 @@ import pytest
 
 from tests.contracts.runs import after_every_step, run_config, trainer
 from tests.ranks import run_ranks
+from tests.tiny import write_corpus
 
 STEPS = 13
 LAYOUTS = [(stage, "fp32", "none") for stage in (0, 1, 2, 3)]
@@ -77,6 +78,32 @@ def test_resume_twice_is_bitwise(corpus, tmp_path, layout):
 @pytest.mark.parametrize("layout", [OFFLOADED[3], OFFLOADED[4]], ids=str)
 def test_resume_with_offload_is_bitwise(corpus, tmp_path, layout):
     check_bitwise(corpus, tmp_path, layout, stops=(6, STEPS))
+
+
+def windows(corpus, out):
+    with trainer(run_config(corpus, out)) as made:
+        return made.train_data.n_items
+
+
+def test_resume_around_the_end_of_an_epoch_is_bitwise(tmp_path):
+    """The third or a later step's batch begins in one epoch and ends in the next."""
+    corpus = str(write_corpus(tmp_path / "tiny", documents=5, val_documents=10))
+    (epoch,) = run_ranks(1, windows, corpus, str(tmp_path / "look"))
+    crossing, inside = divmod(epoch, 8)
+    assert inside and 3 <= crossing < STEPS - 2
+    check_bitwise(corpus, tmp_path, (2, "fp32", "none"), (crossing, crossing + 1, STEPS))
+
+
+def test_a_run_that_had_ended_goes_on_when_it_is_made_longer(corpus, tmp_path):
+    """Under a schedule that does not look at the end: bit for bit the longer run."""
+    given = changes(2, "fp32", schedule__type="constant", sparsity__update={"freq": 3, "stop": 7})
+    whole = run_ranks(2, train, corpus, str(tmp_path / "whole"), given)
+    out, short = str(tmp_path / "parts"), given | {"max_steps": 8}
+    first = run_ranks(2, train, corpus, out, short)
+    assert run_ranks(2, train, corpus, out, short) == [[], []]  # there is nothing left to do
+    longer = given | {"checkpoint__allow_changed": ["max_steps"]}
+    rest = run_ranks(2, train, corpus, out, longer)
+    assert [a + b for a, b in zip(first, rest)] == whole
 
 
 @pytest.mark.slow

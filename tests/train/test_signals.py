@@ -214,7 +214,8 @@ def train(corpus, out, place=None, rank=None, **changes):
         evaluation__every=3,
         **changes,
     )
-    evaluate, final = loop.evaluate, results.describe
+    originals = [(loop, "evaluate"), (loop, "to_device"), (results, "describe")]
+    originals = [(owner, name, getattr(owner, name)) for owner, name in originals]
     signals._process.received.clear()
     said = []
     try:
@@ -234,6 +235,7 @@ def train(corpus, out, place=None, rank=None, **changes):
                 owners = {
                     "_dry_run": made,
                     "_step": made,
+                    "to_device": loop,
                     "evaluate": loop,
                     "_update": made.controller,
                     "_write": made.checkpointer,
@@ -250,7 +252,8 @@ def train(corpus, out, place=None, rank=None, **changes):
             except Stopped:
                 return "stopped", said
     finally:
-        loop.evaluate, results.describe = evaluate, final
+        for owner, name, original in originals:
+            setattr(owner, name, original)
         signals._process.received.clear()
         signals._process.ended = False
 
@@ -283,6 +286,7 @@ def undisturbed(corpus, tmp_path_factory):
     [
         pytest.param("_dry_run", [], marks=pytest.mark.slow),  # nothing is trained
         ("_step", [1]),
+        ("to_device", [1]),  # between two micro-steps
         ("_update", [4]),  # it follows the exchange of step 3
         pytest.param("evaluate", [4], marks=pytest.mark.slow),  # of step 3, which ends
         ("_write", [5, 6]),  # the save of step 5 is finished
