@@ -22,12 +22,23 @@ SPEEDS = Path(__file__).resolve().parents[2] / "docs/benchmarks/sparse_linear.js
 FEWEST_SHAPES = 3  # from here on an experiment is one about shapes
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Time of a sparse layer over the fastest dense one of equal FLOPs (forward, dX, dW)."""
+DTYPES = ("bf16", "fp32")
 
-    ratio: float
+
+@dataclass(frozen=True)
+class Speeds:
+    """Time of sparse layers over the fastest dense one of equal FLOPs and dtype (forward, dX, dW).
+
+    ratios: by (shape, sparsity), then by dtype. where: on what they were measured, "" on nothing.
+    """
+
+    ratios: Mapping[tuple[str, float], Mapping[str, float]]
     where: str
+
+    def of(self, arm: Arm) -> Mapping[str, float]:
+        """{dtype: ratio} of an arm's shape at its sparsity, as far as it was measured."""
+        sparsity = arm.any.model.sparsity_nominal if arm.any.model else 0.0
+        return self.ratios.get((shape(arm.any) or "", sparsity), {})
 
 
 def shape(record: Record) -> str | None:
@@ -44,22 +55,22 @@ def shape(record: Record) -> str | None:
     return "1x1"
 
 
-def speeds(path: Path = SPEEDS) -> dict[tuple[str, float], Speed]:
-    """{(shape, sparsity): speed} of GPT-3 Small's MLP, fp32, one thread; empty without a file.
+def speeds(path: Path = SPEEDS) -> Speeds:
+    """Of GPT-3 Small's MLP by the native kernels on one thread; of nothing without a file.
 
     Raises `UserError` for a file that is no benchmark of sparse layers.
     """
     if not path.is_file():
-        return {}
+        return Speeds({}, "")
+    ratios: dict[tuple[str, float], dict[str, float]] = {}
     try:
         benchmark: dict[str, Any] = read_object(path)
-        where = f"{benchmark['setting']['cpu']}, one thread, fp32"
-        return {
-            (row["block"], row["sparsity"]): Speed(float(row["ratio"]), where)
-            for row in benchmark["rows"]
-            if (row["shape"], row["dtype"], row["threads"]) == ("small", "fp32", 1)
-            and row["kernel"] == "block_cpu"
-        }
+        for row in benchmark["rows"]:
+            measured = (row["shape"], row["threads"], row["kernel"]) == ("small", 1, "block_cpu")
+            if measured and row["dtype"] in DTYPES:
+                at = ratios.setdefault((row["block"], row["sparsity"]), {})
+                at[row["dtype"]] = float(row["ratio"])
+        return Speeds(ratios, f"{benchmark['setting']['cpu']}, one thread")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path}: not a result of benchmarks/sparse_linear.py ({error!r})"
@@ -81,27 +92,27 @@ def shape_table(results: Results, path: Path = SPEEDS) -> Table | None:
     known = speeds(path)
     rows = []
     for arm in chosen:
-        kind, sparsity = shape(arm.any), arm.any.model.sparsity_nominal if arm.any.model else 0.0
-        speed = known.get((kind or "", sparsity))
+        ratios = known.of(arm)
         rows.append(
             [
                 Cell(arm.label),
-                Cell(kind or "-"),
-                cell(sparsity, "{:.0%}"),
+                Cell(shape(arm.any) or "-"),
+                cell(arm.any.model.sparsity_nominal if arm.any.model else 0.0, "{:.0%}"),
                 spread_cell(arm.loss("val")),
                 spread_cell(arm.loss("test")),
-                cell(speed.ratio if speed else None, "{:.2f}"),
+                *(cell(ratios.get(dtype), "{:.2f}") for dtype in DTYPES),
             ]
         )
-    where = next(iter(known.values())).where if known else None
     notes = [
         "Time: forward, dX and dW of GPT-3 Small's MLP over the fastest dense layer of equal FLOPs "
-        f"(docs/benchmarks/sparse_linear.json; {where}); - where it was not measured."
-        if where
+        f"and dtype (docs/benchmarks/sparse_linear.json; {known.where}); - where it was not "
+        "measured."
+        if known.where
         else "No benchmark of sparse layers was found: no times."
     ]
-    header = ["arm", "shape", "sparsity", "val loss", "test loss", "time over dense"]
-    return Table("Loss and speed by shape", header, rows, frozenset({2, 3, 4, 5}), notes)
+    header = ["arm", "shape", "sparsity", "val loss", "test loss"]
+    header += [f"time over dense, {dtype}" for dtype in DTYPES]
+    return Table("Loss and speed by shape", header, rows, frozenset({2, 3, 4, 5, 6}), notes)
 
 
 def special_plots(results: Results, path: Path = SPEEDS) -> list[Plot]:
@@ -143,12 +154,12 @@ def special_plots(results: Results, path: Path = SPEEDS) -> list[Plot]:
     return plots
 
 
-def shapes(chosen: Sequence[Arm], known: dict[tuple[str, float], Speed]) -> Figure:
+def shapes(chosen: Sequence[Arm], known: Speeds) -> Figure:
     """Two panels with one line a shape: loss, and time."""
     split = "test" if all(arm.losses("test") for arm in chosen) else "val"
     made = figure(9.5, 1.5 + 0.4 * len(chosen))
     left, right = made.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    blue, orange = "#0072B2", "#D55E00"
+    blue, hues = "#0072B2", dict(zip(DTYPES, ("#D55E00", "#E69F00"), strict=True))
     for place, arm in enumerate(chosen):
         losses = list(arm.losses(split).values())
         left.scatter(losses, [place + 0.18] * len(losses), s=9, color=blue, alpha=SEEDS, lw=0)
@@ -158,23 +169,28 @@ def shapes(chosen: Sequence[Arm], known: dict[tuple[str, float], Speed]) -> Figu
                 [summary.mean], [place], xerr=[summary.sd] if summary.sd is not None else None,
                 fmt="o", color=blue, markersize=6, capsize=2,
             )  # fmt: skip
-        sparsity = arm.any.model.sparsity_nominal if arm.any.model else 0.0
-        speed = known.get((shape(arm.any) or "", sparsity))
-        if speed:
-            right.barh([place], [speed.ratio], color=orange, height=0.55)
+        ratios = known.of(arm)
+        for offset, (dtype, shade) in zip((-0.2, 0.2), hues.items(), strict=True):
+            if (ratio := ratios.get(dtype)) is None:
+                continue
+            right.barh([place + offset], [ratio], color=shade, height=0.38)
             right.annotate(
-                f"{speed.ratio:.2f}", (speed.ratio, place), (4, 0), textcoords="offset points",
-                va="center", fontsize="small",
+                f"{ratio:.2f}", (ratio, place + offset), (4, 0), textcoords="offset points",
+                va="center", fontsize="x-small",
             )  # fmt: skip
-        else:
+        if not ratios:
             right.text(0.05, place, "not measured", va="center", fontsize="small", alpha=0.7)
     left.set_yticks(range(len(chosen)), [label(arm.label) for arm in chosen], fontsize="small")
     left.set_ylim(len(chosen) - 0.4, -0.6)
     name = {"test": "test", "val": "validation"}[split]
     left.set_xlabel(f"{name} loss (nats a token), ± sd over seeds")
     right.axvline(1, color=colour(styles([""])[""]), lw=0.9)
-    right.set_xlim(0, max([speed.ratio for speed in known.values()], default=1) * 1.15)
+    most = max([ratio for arm in chosen for ratio in known.of(arm).values()], default=1)
+    right.set_xlim(0, most * 1.15)
     right.set_xlabel("time over dense (CPU, layers of equal FLOPs)")
+    for dtype, shade in hues.items():
+        right.barh([0], [0], color=shade, label=dtype)
+    right.legend(fontsize="x-small", loc="lower right")
     return made
 
 

@@ -151,9 +151,11 @@ def test_shapes_stand_beside_their_speed(tmp_path):
     results = read(synthetic.block_shape(tmp_path / "x"))
     table = shape_table(results)
     assert table is not None
-    by_shape = {row[1].text: row[-1].text for row in table.rows}
-    assert by_shape["16x16"] == f"{speeds()['16x16', 0.75].ratio:.2f}" != "-"
-    assert by_shape["1:4"] == by_shape["2:8 transposable"] == "-"
+    by_shape = {row[1].text: [each.text for each in row[-2:]] for row in table.rows}
+    measured = speeds().ratios["16x16", 0.75]
+    assert table.header[-2:] == ["time over dense, bf16", "time over dense, fp32"]
+    assert by_shape["16x16"] == [f"{measured['bf16']:.2f}", f"{measured['fp32']:.2f}"]
+    assert by_shape["1:4"] == by_shape["2:8 transposable"] == ["-", "-"]
     missing = shape_table(results, tmp_path / "none.json")
     assert missing is not None and {row[-1].text for row in missing.rows} == {"-"}
     assert shape_table(read(synthetic.iso_flop(tmp_path / "y"))) is None
