@@ -7,6 +7,11 @@ from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again
+# Stopped while there is a STOP file, which every start obeys. Above 75: of several nodes' codes
+# srun gives back the highest.
+EXIT_STOP_FILE = 76
+# A start of the same command would end as this one did.
+FINAL = (0, EXIT_USER_ERROR, EXIT_STOP_FILE)
 
 
 class UserError(ValueError):
@@ -18,7 +23,7 @@ class Stopped(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; exit code 2 after a `UserError`, 75 after `Stopped`.
+    """Run an entry point; exit code 2 after a `UserError`, 75 or 76 after `Stopped`.
 
     A `UserError` is one line on stderr. A process that has not left its group of ranks ends at
     once: threads that wait for another rank would abort it on the interpreter's own way out, with
@@ -32,7 +37,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
     except Stopped:
-        code = EXIT_STOPPED
+        from sparse_gpt.train.signals import exit_code  # which imports this module
+
+        code = exit_code()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         for stream in (sys.stdout, sys.stderr):

@@ -1,7 +1,8 @@
 """Requests to stop a run: signals, a STOP file, a deadline, a launcher that is gone.
 
 A request is a flag. The ranks exchange their flags with the numbers of every step, so that all
-stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.Stopped`).
+stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.Stopped`), or 76
+while there is a STOP file.
 Imports neither torch nor deepspeed: an entry point listens before they load.
 """
 
@@ -18,9 +19,9 @@ from types import FrameType
 
 import psutil
 
-from sparse_gpt.errors import EXIT_STOPPED, UserError
+from sparse_gpt.errors import EXIT_STOP_FILE, EXIT_STOPPED, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOP_FILE = "STOP"
 # What a rank may ask for, in the order of the flags it exchanges.
 FILES = (f"the file {STOP_FILE} in the run folder",)
@@ -31,13 +32,34 @@ BURST = 1.0
 LOOK_SECONDS = 0.5  # between two looks at the STOP file and the launcher
 
 
+def heeded() -> list[signal.Signals]:
+    """Those of `SIGNALS` to handle: all, but SIGHUP where nohup has it ignored."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not nohup]
+
+
+class Asked:
+    """How often signals have asked to stop: all in a burst are one request."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None  # time.monotonic()
+
+    def again(self) -> bool:
+        """Count a signal that has come now; whether it asks a second time."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+        return now - self.first > BURST
+
+
 class _Process:
     """What this process has been told by signals, and by the end of what launched it."""
 
     def __init__(self) -> None:
         self.received: set[signal.Signals] = set()
-        self.first = 0.0  # of the first signal, time.monotonic()
+        self.asked = Asked()
         self.ended = False  # the run has stopped: nothing is left to save
+        self.exit_code = EXIT_STOPPED
         self.step = 0
         self.launcher: psutil.Process | None = None
         self.runner = 1
@@ -50,7 +72,7 @@ class _Process:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, _noted_by_the_thread)
         threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
         try:
@@ -68,17 +90,16 @@ class _Process:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.ended:
-            os._exit(EXIT_STOPPED)
-        now, first = time.monotonic(), not self.received
+            os._exit(self.exit_code)
+        first, again = not self.received, self.asked.again()
         self.received.add(number)
         if first:
-            self.first = now
             if os.environ.get("RANK", "0") == "0":
                 _say(
                     f"{number.name}: the run stops after this step and saves what it trained; a "
                     "second signal ends it at once"
                 )
-        elif now - self.first > BURST:
+        elif again:
             _say(
                 f"{number.name} again: ended at once in step {self.step}; a later start "
                 "goes on from the last checkpoint"
@@ -114,12 +135,18 @@ def listen() -> None:
     _process.listen()
 
 
+def exit_code() -> int:
+    """Of a run that has stopped: 75, or 76 where a STOP file would stop the next start, too."""
+    return _process.exit_code
+
+
 class StopRequests:
     """The reasons that this rank has for stopping one run."""
 
     def __init__(self, run_dir: Path, deadline: float | None, first_rank: bool) -> None:
-        """`deadline`: seconds since the epoch. Only the first rank looks for the STOP file."""
-        self.stop_file = run_dir / STOP_FILE if first_rank else None
+        """`deadline`: seconds since the epoch. While a run
+        trains only its first rank looks for the STOP file."""
+        self.stop_file, self.first_rank = run_dir / STOP_FILE, first_rank
         self.deadline = deadline
         self._looked, self._found = 0.0, [False, False]
 
@@ -132,9 +159,7 @@ class StopRequests:
         now = time.monotonic()
         if not self._looked or now - self._looked >= LOOK_SECONDS:
             self._looked = now
-            there = False
-            with contextlib.suppress(OSError):  # of a network file system: looked for again soon
-                there = self.stop_file is not None and self.stop_file.exists()
+            there = self.first_rank and self._stop_file_is_there()
             self._found = [there, _process.lost_launcher()]
         late = self.deadline is not None and time.time() >= self.deadline
         asked = [number in _process.received for number in SIGNALS]
@@ -142,7 +167,14 @@ class StopRequests:
 
     def end(self) -> None:
         """The run has stopped and is saved: a signal may now end the process at once."""
+        _process.exit_code = EXIT_STOP_FILE if self._stop_file_is_there() else EXIT_STOPPED
         _process.ended = True
+
+    def _stop_file_is_there(self) -> bool:
+        try:
+            return self.stop_file.exists()
+        except OSError:  # of a network file system: looked for again soon
+            return False
 
 
 def describe(counts: Sequence[float], world_size: int) -> str:
