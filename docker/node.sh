@@ -8,8 +8,8 @@
 # MASTER_ADDR  name or address of node 0, MASTER_PORT a free port there (29500)
 # RESTARTS     starts after failures, at most so many an hour (0)
 #
-# SIGTERM, SIGINT and SIGUSR1 end the run after its step, with a checkpoint and exit code 75. Exit code
-# otherwise: the launcher's, 2 for a user's error.
+# SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after its step, with a checkpoint and exit code 75; a
+# file STOP in the run folder with 76. Exit code otherwise: the launcher's, 2 for a user's error.
 set -euo pipefail
 
 : "${NODES:=${SLURM_NNODES:?NODES: how many nodes?}}"
@@ -28,7 +28,7 @@ python "$(dirname "$0")/../launch/supervise.py" --restarts "${RESTARTS:-0}" -- \
     deepspeed --no_ssh --hostfile "$hostfile" --node_rank "$NODE_RANK" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" "$@" < /dev/null &
 supervisor=$!
-for name in TERM INT USR1; do
+for name in TERM INT USR1 HUP; do
     trap "kill -$name $supervisor 2> /dev/null || true" "$name"
 done
 while true; do

@@ -13,15 +13,20 @@ from sparse_gpt.supervise import Supervisor
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
-        epilog="A run resumes from its last checkpoint by itself. Exit codes 0, 2 (a user's error) "
-        "and 75 (stopped) are final. SIGTERM, SIGINT and SIGUSR1 go on to every rank.",
+        epilog="A run resumes from its last checkpoint by itself. Exit codes 0, 2 (a user's "
+        "error), 75 (stopped) and 76 (by a STOP file) are final. SIGTERM, SIGINT, SIGUSR1 and "
+        "SIGHUP go on to every rank.",
     )
-    parser.add_argument("--restarts", type=int, default=5, help="at most so many ...")
-    parser.add_argument("--window", type=float, default=60, help="... in so many minutes")
-    parser.add_argument("--backoff", type=float, default=5, help="seconds, doubled each time")
-    parser.add_argument("--grace", type=float, default=60, help="seconds for orphaned ranks")
+    restarts = Supervisor.restarts
+    parser.add_argument("--restarts", type=int, default=restarts, help="at most so many ...")
+    for option, default, text in (
+        ("--window", Supervisor.window / 60, "... in so many minutes"),
+        ("--backoff", Supervisor.backoff, "seconds, doubled each time"),
+        ("--grace", Supervisor.grace, "seconds for orphaned ranks"),
+    ):
+        parser.add_argument(option, type=float, default=default, help=text)
     parser.add_argument(
-        "--restart-stopped", action="store_true", help="after exit code 75 too (a deadline, STOP)"
+        "--restart-stopped", action="store_true", help="after exit code 75 too (a deadline)"
     )
     parser.add_argument("command", nargs="+", help="after --: deepspeed launch/pretrain.py CONFIG")
     args = parser.parse_args()

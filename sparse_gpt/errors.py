@@ -7,6 +7,11 @@ from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: start it again
+# Stopped by a STOP file or a time that has come: the next start would be, too. Above 75: of several
+# nodes' codes srun gives back the highest.
+EXIT_STOPPED_FOR_GOOD = 76
+# A start of the same command would end as this one did.
+FINAL = (0, EXIT_USER_ERROR, EXIT_STOPPED_FOR_GOOD)
 
 
 class UserError(ValueError):
@@ -14,11 +19,18 @@ class UserError(ValueError):
 
 
 class Stopped(Exception):
-    """A run that was asked to stop, and is saved; every rank raises it after the same step."""
+    """A run that was asked to stop, and is saved; every rank raises it after the same step.
+
+    `code`: the exit code of the process.
+    """
+
+    def __init__(self, text: str = "", code: int = EXIT_STOPPED) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; exit code 2 after a `UserError`, 75 after `Stopped`.
+    """Run an entry point; exit code 2 after a `UserError`, 75 or 76 after `Stopped`.
 
     A `UserError` is one line on stderr. A process that has not left its group of ranks ends at
     once: threads that wait for another rank would abort it on the interpreter's own way out, with
@@ -31,8 +43,8 @@ def run_main(main: Callable[[], int | None]) -> None:
         where = "" if rank == "0" else f"[rank {rank}] "
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
-    except Stopped:
-        code = EXIT_STOPPED
+    except Stopped as stopped:
+        code = stopped.code
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         for stream in (sys.stdout, sys.stderr):

@@ -3,6 +3,7 @@
 A signal goes on to the ranks alone: the launcher between would kill them after 30 s. Linux only.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -15,14 +16,15 @@ from types import FrameType
 
 import psutil
 
-from sparse_gpt.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
-from sparse_gpt.train.signals import SIGNALS
+from sparse_gpt.errors import EXIT_STOPPED, FINAL, UserError
+from sparse_gpt.train.signals import BURST, Asked, heeded
 
 POLL_SECONDS = 0.2
-SECOND_SIGNAL_SECONDS = 5.0  # for the ranks to end after a second signal
+SECOND_REQUEST_SECONDS = 5.0  # for the ranks to end after a second request
 OTHERS_GRACE = 5.0  # for processes that are no ranks
 MAX_BACKOFF = 300.0
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 
 
 @dataclass
@@ -30,8 +32,9 @@ class Supervisor:
     """Starts `command`, and again after failures; one session of processes at a time.
 
     `restarts` of them at most in any `window` seconds, each after a pause that doubles from
-    `backoff` seconds. Exit codes 0 and 2 (a user's error) are final; 75 (stopped) is unless
-    `restart_stopped`. `grace`: seconds for ranks that outlive their launcher.
+    `backoff` seconds. Exit codes 0, 2 (a user's error) and 76 (a STOP file) are final; 75 (stopped)
+    is unless `restart_stopped`. `grace`: seconds for ranks that outlive their launcher. All
+    children of this process are taken for its own.
     """
 
     command: Sequence[str]
@@ -40,16 +43,21 @@ class Supervisor:
     backoff: float = 5.0
     restart_stopped: bool = False
     grace: float = 60.0
-    received: list[int] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)  # the signal of each
+    _asked: Asked = field(default_factory=Asked)
+    _second: float = 0.0  # when the second one was seen
+    _told: dict[int, list[float]] = field(default_factory=dict)  # when, by process
     _starts: list[float] = field(default_factory=list)
 
     def run(self) -> int:
         """The exit code of the last start; 75 where a signal came before the first rank did."""
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, self._on_signal)
+        # Ranks whose launcher is killed become children of this process, which learns how they end.
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
         while True:
             code = self._run_once()
-            if self.received or code in (0, EXIT_USER_ERROR):
+            if self.requests or code in FINAL:
                 return code
             if code == EXIT_STOPPED and not self.restart_stopped:
                 return code
@@ -69,15 +77,17 @@ class Supervisor:
             )
             self._starts.append(now)
             while time.monotonic() < now + pause:
-                if self.received:
+                if self.requests:
                     return EXIT_STOPPED
                 time.sleep(POLL_SECONDS)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
+        if self._asked.again() or not self.requests:
+            self.requests.append(number)
 
     def _say(self, text: str) -> None:
-        print(f"supervise: {text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"supervise: {text}", file=sys.stderr, flush=True)
 
     def _run_once(self) -> int:
         try:
@@ -86,51 +96,71 @@ class Supervisor:
             )
         except OSError as error:
             raise UserError(f"cannot start {self.command[0]}: {error.strerror}") from None
-        session, told, handled, early = child.pid, set(), 0, False
+        session, early = child.pid, False
         while child.poll() is None:
-            if len(self.received) > handled:
-                handled, told = handled + 1, set()
-                if handled == 1 and not _ranks(session):
-                    early = True  # nothing is trained yet
-                    _send(_session(session), signal.SIGTERM)
-                elif handled == 2:
-                    second = time.monotonic()
-            if handled and not early:
-                self._pass_on(session, told, self.received[handled - 1])
-            if handled >= 2 and time.monotonic() - second > SECOND_SIGNAL_SECONDS:
-                _send(_session(session), signal.SIGKILL)
+            if self.requests and not self._told and not early and not _ranks(session):
+                early = True  # nothing is trained yet
+                _send(_session(session), signal.SIGTERM)
+            self._heed(session, early)
             time.sleep(POLL_SECONDS)
-        left = self._wait_for_the_rest(session, 0.0 if early else self.grace)
+        lost = self._wait_for_the_rest(session, early)
         if early:
             return EXIT_STOPPED
         code = child.returncode
         if code < 0:
             return 128 - code
-        return 1 if left and code == 0 else code
+        return 1 if lost and code == 0 else code
 
-    def _pass_on(self, session: int, told: set[int], number: int) -> None:
-        """To each rank once, as soon as it listens."""
+    def _heed(self, session: int, early: bool) -> None:
+        """Pass requests on to the ranks; after a second one kill what does not end."""
+        if self.requests and not early:
+            self._pass_on(session)
+        if len(self.requests) > 1:
+            self._second = self._second or time.monotonic()
+            if time.monotonic() - self._second > SECOND_REQUEST_SECONDS:
+                _send(_session(session), signal.SIGKILL)
+
+    def _pass_on(self, session: int) -> None:
+        """Each request once to each rank, as soon as it listens and takes it for another one."""
         for rank in _ranks(session):
-            if rank.pid not in told and _catches(rank.pid, number):
-                told.add(rank.pid)
+            now, told = time.monotonic(), self._told.setdefault(rank.pid, [])
+            if len(told) == len(self.requests) or (told and now - told[-1] < BURST + POLL_SECONDS):
+                continue
+            number = self.requests[len(told)]
+            if _catches(rank.pid, number):
+                told.append(now)
                 _send([rank], number)
 
-    def _wait_for_the_rest(self, session: int, grace: float) -> bool:
-        """Until nothing of the session is alive; what is left then is killed. Whether any was."""
-        began, was_left = time.monotonic(), False
+    def _wait_for_the_rest(self, session: int, early: bool) -> bool:
+        """Until nothing of the session is alive, at most `grace`; what is left then is killed.
+
+        Whether the launcher left ranks, or anything that was killed or failed.
+        """
+        began, lost = time.monotonic(), False
+        grace = 0.0 if early else self.grace
         while processes := _session(session):
             ranks = bool(_ranks(session))
-            was_left |= ranks
+            lost |= ranks
             if time.monotonic() - began > (grace if ranks else min(grace, OTHERS_GRACE)):
-                was_left = True
+                lost = True
                 _send(processes, signal.SIGKILL)
+            self._heed(session, early)
             time.sleep(POLL_SECONDS)
-        return was_left
+        return _orphan_failed() or lost
 
 
 def _die_with_parent() -> None:
     """In the child: a SIGTERM when the supervisor is killed. Its ranks see that and stop."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _orphan_failed() -> bool:
+    """Whether one of the processes that the launcher left behind did not end with 0."""
+    failed = False
+    with contextlib.suppress(ChildProcessError):  # there is no other one
+        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+            failed |= ended[1] != 0
+    return failed
 
 
 def _session(session: int) -> list[psutil.Process]:

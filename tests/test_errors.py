@@ -23,7 +23,11 @@ run_main(main)
 
 @pytest.mark.parametrize(
     ("error", "code", "said"),
-    [("UserError('bad key')", 2, "error: bad key\n"), ("Stopped('asked')", 75, "")],
+    [
+        ("UserError('bad key')", 2, "error: bad key\n"),
+        ("Stopped('asked')", 75, ""),
+        ("Stopped('asked', 76)", 76, ""),
+    ],
 )
 def test_the_exit_code_stays_while_ranks_are_joined(error, code, said):
     ended = subprocess.run(

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_gpt.config_file import dump_yaml
 from sparse_gpt.durable import write_json
-from sparse_gpt.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from sparse_gpt.experiment.corpora import Corpora
 from sparse_gpt.experiment.finetune_record import finetune_record
 from sparse_gpt.experiment.identity import changes, config_tree
@@ -36,6 +36,10 @@ SCRIPTS = {
     "pretrain": "launch/pretrain.py",
     "finetune": "launch/finetune.py",
     "leaderboard": "eval/leaderboard.py",
+}
+STOPPED = {
+    EXIT_STOPPED: ", stopped on request; start again to go on",
+    EXIT_STOPPED_FOR_GOOD: ", stopped by the file STOP in its folder; remove it and start again to go on",
 }
 RECORDS = {
     "pretrain": make_record,
@@ -210,8 +214,7 @@ class Runner:
             record = diverged_record(run, self.corpora)
             if record is not None:
                 return self.records.write(run, self.corpora, lambda *_: record)
-        stopped = ", stopped on request; start again to go on"
-        raise UserError(f"exit code {code}{stopped if code == EXIT_STOPPED else ''}")
+        raise UserError(f"exit code {code}{STOPPED.get(code, '')}")
 
 
 def _stop(number: int, _frame: object) -> None:

@@ -39,7 +39,7 @@ from sparse_gpt.train.nonfinite import describe_bad_step
 from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.records import first_topology_record, step_record, update_record
 from sparse_gpt.train.run_folder import RunFolder
-from sparse_gpt.train.signals import StopRequests, deadline_of, describe
+from sparse_gpt.train.signals import StopRequests, code_of, deadline_of, describe
 from sparse_gpt.train.spikes import spike_record
 from sparse_gpt.train.state import TrainState
 from sparse_gpt.train.throughput import Throughput
@@ -270,12 +270,13 @@ class Trainer:
 
     def _stop(self, stops: Sequence[float]) -> NoReturn:
         step = self.state.step
-        self.stop_requests.end()
+        code = code_of(stops, self.config.checkpoint.deadline)
+        self.stop_requests.end(code)
         self.metrics.say(
             f"stopped    step {step}  asked by {describe(stops, self.world_size)}; start it again "
             "to go on"
         )
-        raise Stopped(f"asked to stop after step {step}")
+        raise Stopped(f"asked to stop after step {step}", code)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[StepHealth, UpdateReport | None]:
         """One optimizer step over the whole global batch."""

@@ -184,7 +184,8 @@ class Metrics:
         if not self.active:
             return
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError):  # the terminal is gone
+                self._progress.stop()
             self._progress = None
         if self._file is not None:
             with contextlib.suppress(OSError):  # then no checkpoint is of these lines' steps

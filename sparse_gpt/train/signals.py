@@ -1,7 +1,8 @@
 """Requests to stop a run: signals, a STOP file, a deadline, a launcher that is gone.
 
 A request is a flag. The ranks exchange their flags with the numbers of every step, so that all
-stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.Stopped`).
+stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.Stopped`), or 76
+while there is a STOP file.
 Imports neither torch nor deepspeed: an entry point listens before they load.
 """
 
@@ -18,17 +19,38 @@ from types import FrameType
 
 import psutil
 
-from sparse_gpt.errors import EXIT_STOPPED, UserError
+from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, UserError
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOP_FILE = "STOP"
 # What a rank may ask for, in the order of the flags it exchanges.
 FILES = (f"the file {STOP_FILE} in the run folder",)
-REASONS = (*(s.name for s in SIGNALS), *FILES, "the deadline", "a lost launcher")
+DEADLINE = "the deadline"
+REASONS = (*(s.name for s in SIGNALS), *FILES, DEADLINE, "a lost launcher")
 # A Ctrl-C reaches a rank from the terminal, and once more from the launcher that it reaches too:
 # signals this close together (seconds) are one request.
 BURST = 1.0
 LOOK_SECONDS = 0.5  # between two looks at the STOP file and the launcher
+
+
+def heeded() -> list[signal.Signals]:
+    """Those of `SIGNALS` to handle: all, but SIGHUP where nohup has it ignored."""
+    nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not nohup]
+
+
+class Asked:
+    """How often signals have asked to stop: all in a burst are one request."""
+
+    def __init__(self) -> None:
+        self.first: float | None = None  # time.monotonic()
+
+    def again(self) -> bool:
+        """Count a signal that has come now; whether it asks a second time."""
+        now = time.monotonic()
+        if self.first is None:
+            self.first = now
+        return now - self.first > BURST
 
 
 class _Process:
@@ -36,8 +58,9 @@ class _Process:
 
     def __init__(self) -> None:
         self.received: set[signal.Signals] = set()
-        self.first = 0.0  # of the first signal, time.monotonic()
+        self.asked = Asked()
         self.ended = False  # the run has stopped: nothing is left to save
+        self.exit_code = EXIT_STOPPED
         self.step = 0
         self.launcher: psutil.Process | None = None
         self.runner = 1
@@ -50,7 +73,7 @@ class _Process:
         reader, writer = os.pipe()
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        for number in heeded():
             signal.signal(number, _noted_by_the_thread)
         threading.Thread(target=self._read, args=(reader,), name="signals", daemon=True).start()
         try:
@@ -68,17 +91,16 @@ class _Process:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.ended:
-            os._exit(EXIT_STOPPED)
-        now, first = time.monotonic(), not self.received
+            os._exit(self.exit_code)
+        first, again = not self.received, self.asked.again()
         self.received.add(number)
         if first:
-            self.first = now
             if os.environ.get("RANK", "0") == "0":
                 _say(
                     f"{number.name}: the run stops after this step and saves what it trained; a "
                     "second signal ends it at once"
                 )
-        elif now - self.first > BURST:
+        elif again:
             _say(
                 f"{number.name} again: ended at once in step {self.step}; a later start "
                 "goes on from the last checkpoint"
@@ -140,9 +162,22 @@ class StopRequests:
         asked = [number in _process.received for number in SIGNALS]
         return [float(flag) for flag in (*asked, self._found[0], late, self._found[1])]
 
-    def end(self) -> None:
-        """The run has stopped and is saved: a signal may now end the process at once."""
-        _process.ended = True
+    def end(self, code: int) -> None:
+        """The run has stopped and is saved: a signal may now end the process at once, with this
+        exit code."""
+        _process.exit_code, _process.ended = code, True
+
+
+def code_of(counts: Sequence[float], deadline: float | str | None) -> int:
+    """The exit code, from the sum of all ranks' flags and `checkpoint.deadline`.
+
+    A STOP file, and a time of the calendar that has come, would stop the next start, too.
+    """
+    lasting = {*FILES} | (
+        {DEADLINE} if isinstance(deadline, str) and deadline != "slurm" else set()
+    )
+    reasons = {reason for reason, count in zip(REASONS, counts, strict=True) if count}
+    return EXIT_STOPPED_FOR_GOOD if reasons & lasting else EXIT_STOPPED
 
 
 def describe(counts: Sequence[float], world_size: int) -> str:

@@ -5,6 +5,7 @@ import socket
 import sys
 import time
 
+import psutil
 import pytest
 
 from tests.crash.runs import (
@@ -45,14 +46,34 @@ def test_a_hung_rank_is_named_and_the_others_end(tmp_path, tiny):
     assert "faulty.py" in result.stdout
 
 
+def supervised(config, *options, **env):
+    """`launch/supervise.py` over the real command."""
+    command = [sys.executable, str(ROOT / "launch/supervise.py"), *options, "--"]
+    command += [str(BIN / "deepspeed"), "--num_accelerators", str(RANKS)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    return Launch([*command, str(ROOT / FAULTY), str(config)], env, ROOT)
+
+
+@pytest.mark.parametrize("ranks_too", [False, True])
+def test_a_killed_launcher_is_no_success(tmp_path, tiny, ranks_too):
+    """`deepspeed` itself ends with 0 then."""
+    config = write_config(tmp_path, tiny)
+    with supervised(config, "--restarts", "0", FAULT="step:5:all:pause") as launch:
+        launch.wait_for_output("FAULT pause")
+        ranks = launch.wait_for_ranks(RANKS)
+        launcher = psutil.Process(ranks[0].ppid())
+        for process in [launcher, *(ranks.values() if ranks_too else ())]:
+            process.kill()
+        result = launch.wait(120)
+        assert launch.processes() == []
+    assert result.returncode == 1, result.stdout
+    assert len(saved_steps(tmp_path / "run")) == (0 if ranks_too else 1)
+
+
 def test_the_supervisor_starts_a_run_again_which_loses_nothing(tmp_path, tiny, undisturbed):
     """Each start is killed in its 10th step, until one has fewer to make."""
     config, run = write_config(tmp_path, tiny), tmp_path / "run"
-    command = [sys.executable, str(ROOT / "launch/supervise.py"), "--backoff", "0.1", "--"]
-    command += [str(BIN / "deepspeed"), "--num_accelerators", str(RANKS)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command += [str(ROOT / FAULTY), str(config)]
-    with Launch(command, {"FAULT": "step:10:1:kill"}, ROOT) as launch:
+    with supervised(config, "--backoff", "0.1", FAULT="step:10:1:kill") as launch:
         result = launch.wait(900)
         assert launch.processes() == []
     assert result.returncode == 0, result.stdout

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from sparse_gpt.errors import EXIT_STOPPED
+from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED
 from tests.crash.runs import (
     EVERY,
     FAULTY,
@@ -61,6 +61,10 @@ def killing_the_launcher(launch, run):
     launcher_of(launch).kill()
 
 
+def hanging_up(launch, run):  # a terminal that is lost
+    os.killpg(launch.process.pid, signal.SIGHUP)
+
+
 def a_stop_file(launch, run):
     (run / "STOP").touch()
 
@@ -99,12 +103,13 @@ def goes_on_bit_for_bit(config, run, undisturbed):
     [
         (to_one_rank, EXIT_STOPPED, "SIGUSR1 (1 of 2 ranks)"),
         (to_all_ranks, EXIT_STOPPED, "SIGTERM (2 of 2 ranks)"),
-        (a_stop_file, EXIT_STOPPED, "the file STOP in the run folder"),
+        (a_stop_file, EXIT_STOPPED_FOR_GOOD, "the file STOP in the run folder"),
         (to_the_launcher, 1, "SIGTERM (1 of 2 ranks)"),
         (to_the_command, -signal.SIGTERM, "a lost launcher ("),
         (killing_the_command, -signal.SIGKILL, "a lost launcher ("),
         (killing_the_launcher, 0, "a lost launcher ("),
         (to_the_group, -signal.SIGINT, "SIGINT (2 of 2 ranks)"),
+        (hanging_up, -signal.SIGHUP, "SIGHUP (2 of 2 ranks)"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

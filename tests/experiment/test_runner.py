@@ -209,3 +209,13 @@ def test_runs_die_with_a_killed_runner(tmp_path):
     parent.communicate()
     gone, alive = psutil.wait_procs(ranks, timeout=10)
     assert len(gone) == 2 and not alive
+
+
+@pytest.mark.parametrize(("code", "how"), [(75, "; start again"), (76, "remove it and start")])
+def test_a_run_that_was_stopped_says_how_it_goes_on(tmp_path, monkeypatch, start, code, how):
+    script = tmp_path / "stopped.py"
+    script.write_text(f"raise SystemExit({code})")
+    monkeypatch.setitem(runner.SCRIPTS, "pretrain", str(script))
+    failed, said = start()
+    assert failed == 1
+    assert f"dense-s1 FAILED: exit code {code}, stopped " in said and how in said

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import psutil
 
-from sparse_gpt.errors import EXIT_STOPPED, EXIT_USER_ERROR
+from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, EXIT_USER_ERROR
 from sparse_gpt.train.checkpoint_files import list_steps, step_folder
 from tests.crash.runs import RANKS, SCRIPT
 from tests.launcher import Launch, run_deepspeed
 
 END_SECONDS = 180.0
-NOT_LOST = (0, EXIT_USER_ERROR, EXIT_STOPPED)
+NOT_LOST = (0, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD)
 
 
 class Surprise(Exception):
@@ -122,7 +122,7 @@ def stop_file(run: Run) -> str:
     stop = run.folder / "STOP"
     stop.touch()
     try:
-        return run.end((EXIT_STOPPED,), "the file STOP")
+        return run.end((EXIT_STOPPED_FOR_GOOD,), "the file STOP")
     finally:
         stop.unlink()
 

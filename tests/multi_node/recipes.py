@@ -76,6 +76,22 @@ def manifest() -> dict[str, dict[str, Any]]:
     return {document["kind"]: document for document in documents}
 
 
+def after_a_failure(code: int, evicted: bool) -> str:
+    """What the manifest's Job does when a pod has ended so: its first rule that fits."""
+    for rule in manifest()["Job"]["spec"]["podFailurePolicy"]["rules"]:
+        codes, conditions = rule.get("onExitCodes"), rule.get("onPodConditions")
+        assert (codes is None) != (conditions is None)
+        if conditions:
+            assert conditions == [{"type": "DisruptionTarget", "status": "True"}]
+            fits = evicted
+        else:
+            assert codes["operator"] == "In"
+            fits = code in codes["values"]
+        if fits:
+            return rule["action"]
+    return "Count"
+
+
 def dockerfile(instruction: str) -> str:
     """The rest of the Dockerfile's last line that begins with that instruction."""
     lines = (ROOT / "docker/Dockerfile").read_text().splitlines()

@@ -9,9 +9,11 @@ from contextlib import ExitStack
 
 import pytest
 
-from sparse_gpt.errors import EXIT_STOPPED
+from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED
+from sparse_gpt.supervise import SECOND_REQUEST_SECONDS
 from tests.launcher import Launch
 from tests.multi_node.recipes import (
+    after_a_failure,
     dockerfile,
     fake_slurm,
     manifest,
@@ -81,6 +83,41 @@ def test_a_terminated_node_ends_its_ranks(tmp_path):
         assert launch.processes() == []
 
 
+def saving_node(folder, seconds, **env):
+    """A node whose launcher starts one rank, which is asked to stop as a real one is."""
+    rank = f"RANK=0 python {ROOT}/tests/saving_rank.py {folder} {seconds}"
+    return node(folder, rank, ONE_NODE | env)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_to_all_in_the_foreground_is_one_request(tmp_path, number):
+    """As a terminal sends it; the script then passes it on to a supervisor that has it."""
+    with saving_node(tmp_path, SECOND_REQUEST_SECONDS + 1) as launch:
+        launch.wait_for_output("training")
+        os.killpg(launch.process.pid, number)
+        assert launch.wait(60).returncode == EXIT_STOPPED, launch.output
+        assert launch.output.endswith("saved\n")
+
+
+def test_a_second_ctrl_c_ends_a_node_at_once(tmp_path):
+    with saving_node(tmp_path, 60) as launch:
+        launch.wait_for_output("training")
+        os.killpg(launch.process.pid, signal.SIGINT)
+        time.sleep(2)
+        assert launch.process.poll() is None
+        os.killpg(launch.process.pid, signal.SIGINT)
+        assert launch.wait(SECOND_REQUEST_SECONDS).returncode == 128 + signal.SIGINT
+        assert "saved" not in launch.output
+
+
+def test_a_node_says_that_a_stop_file_ended_it(tmp_path):
+    with saving_node(tmp_path, 0, RESTARTS="5") as launch:
+        launch.wait_for_output("training")
+        (tmp_path / "STOP").touch()
+        assert launch.wait(60).returncode == EXIT_STOPPED_FOR_GOOD
+        assert launch.output == "training\nsaved\n"
+
+
 def test_ranks_that_outlive_the_launcher_are_ended_and_a_failure(tmp_path):
     # What `deepspeed` does when its child is killed.
     with node(tmp_path, "sleep 300 & exit 0") as launch:
@@ -121,7 +158,16 @@ def test_a_killed_node_ends_the_slurm_job_which_resumes(network, one_node, tmp_p
 
 @pytest.mark.parametrize(
     ("code", "restarts", "requeued"),
-    [(0, 0, False), (1, 0, True), (1, 9, True), (1, 10, False), (2, 0, False), (137, 3, True)],
+    [
+        (0, 0, False),
+        (1, 0, True),
+        (1, 9, True),
+        (1, 10, False),
+        (2, 0, False),
+        (137, 3, True),
+        (EXIT_STOPPED, 0, True),
+        (EXIT_STOPPED_FOR_GOOD, 0, False),
+    ],
 )
 def test_slurm_queues_a_failure_again_but_no_users_error(
     network, tmp_path, code, restarts, requeued
@@ -133,6 +179,21 @@ def test_slurm_queues_a_failure_again_but_no_users_error(
     assert result.returncode == code
     assert (tmp_path / "requeued").exists() == requeued
     assert ("not queued again" in result.stdout) == (code == 1 and restarts == 10)
+
+
+@pytest.mark.launcher
+def test_a_stop_file_ends_the_slurm_job(network, tmp_path, corpus):
+    config, env = write_config(tmp_path, corpus), fake_slurm(tmp_path, network)
+    env["GLOO_SOCKET_IFNAME"] = "lo" if network.why_loopback else ""
+    run = tmp_path / "run"
+    with Launch(["bash", SBATCH, str(config)], env, ROOT) as launch:
+        wait_for_step(launch, run, 2)
+        (run / "STOP").touch()
+        result = launch.wait(120)
+    assert result.returncode == EXIT_STOPPED_FOR_GOOD, result.stdout
+    steps = max(step for kind, step in curve(run) if kind == "train")
+    assert steps < STEPS, "the machine was too slow to stop it in the middle"
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_slurm_queues_a_job_again_before_its_time_is_over(network, tmp_path):
@@ -173,12 +234,10 @@ def test_the_parts_of_the_manifest_fit_together():
     assert service["spec"]["selector"] == selector
     (term,) = template["affinity"]["podAntiAffinity"].popitem()[1]
     assert term["labelSelector"]["matchLabels"] == selector
-    # A failed pod stays failed, so that its exit code decides: 2 ends the job.
+    # A failed pod stays failed, so that its exit code decides.
     assert template["restartPolicy"] == "Never"
-    rule = spec["podFailurePolicy"]["rules"][0]
-    assert rule["action"] == "FailJob"
-    expected = {"containerName": container["name"], "operator": "In", "values": [2]}
-    assert rule["onExitCodes"] == expected
+    for rule in spec["podFailurePolicy"]["rules"]:
+        assert rule.get("onExitCodes", {}).get("containerName", "node") == container["name"]
 
     volumes = {volume["name"]: volume for volume in template["volumes"]}
     mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
@@ -190,6 +249,23 @@ def test_the_parts_of_the_manifest_fit_together():
     files = [word for word in command if "/" in word and not word.startswith("/")]
     assert SCRIPT in files
     assert all((ROOT / file).is_file() for file in files), files
+
+
+@pytest.mark.parametrize(
+    ("code", "evicted", "action"),
+    [
+        (1, False, "Count"),  # against backoffLimit, and a new pod
+        (137, False, "Count"),
+        (EXIT_STOPPED, True, "Ignore"),  # a new pod
+        (EXIT_STOPPED, False, "Ignore"),  # a pod whose run was stopped by an evicted one
+        (137, True, "Ignore"),
+        (2, False, "FailJob"),
+        (EXIT_STOPPED_FOR_GOOD, False, "FailJob"),
+        (EXIT_STOPPED_FOR_GOOD, True, "FailJob"),
+    ],
+)
+def test_kubernetes_starts_new_pods_but_after_a_users_error_or_a_stop_file(code, evicted, action):
+    assert after_a_failure(code, evicted) == action
 
 
 def start_pods(stack, network, script, args):

@@ -1,6 +1,8 @@
 """The log of a run: one clean curve, whatever was killed; rank 0 alone."""
 
+import contextlib
 import json
+import os
 import sys
 
 import pytest
@@ -77,6 +79,21 @@ def test_plain_lines_where_there_is_no_terminal(tmp_path, capsys):
     write(tmp_path, [3])
     assert capsys.readouterr().out.splitlines() == ["train      step 3/10  loss 0.7500"]
     assert list((tmp_path / "tensorboard").glob("events*"))
+
+
+def test_a_terminal_that_is_lost_stops_no_log(tmp_path, monkeypatch):
+    ours, terminal = os.openpty()
+    screen = open(terminal, "w")  # noqa: SIM115 - closed below
+    monkeypatch.setattr(sys, "stdout", screen)
+    log = metrics(tmp_path)
+    log.start(0)
+    os.close(ours)
+    log.advance(1)
+    log.log("train", 1, {"loss": 1.0})
+    log.close()
+    with contextlib.suppress(OSError):
+        screen.close()
+    assert steps_in(tmp_path) == [1]
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """Requests to stop: noticed from every source, agreed on by all ranks, and no number is lost."""
 
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import termios
 import time
 from contextlib import contextmanager
 from datetime import datetime
@@ -13,9 +15,9 @@ import psutil
 import pytest
 
 from sparse_gpt.config import CheckpointConfig
-from sparse_gpt.errors import EXIT_STOPPED, Stopped, UserError
+from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, Stopped, UserError
 from sparse_gpt.train import signals
-from sparse_gpt.train.signals import REASONS, StopRequests, deadline_of, describe
+from sparse_gpt.train.signals import REASONS, StopRequests, code_of, deadline_of, describe
 from tests.contracts.runs import run_config, trainer
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import write_corpus
@@ -26,11 +28,11 @@ STEPS = 8
 
 # Works until it is asked to stop; with `stuck`, it never looks.
 WORKER = """
-import sys, time
+import contextlib, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from sparse_gpt.errors import Stopped, run_main
-from sparse_gpt.train.signals import StopRequests, listen
+from sparse_gpt.train.signals import StopRequests, code_of, listen
 def main():
     listen()
     requests = StopRequests(Path(sys.argv[2]), None, True)
@@ -39,11 +41,13 @@ def main():
     while True:
         time.sleep(0.02)
         if "stuck" not in sys.argv and any(requests.flags()):
-            print(requests.flags(), flush=True)
-            requests.end()
+            with contextlib.suppress(OSError):  # as a run says what it does
+                print(requests.flags(), flush=True)
+            code = code_of(requests.flags(), None)
+            requests.end(code)
             if "saved" in sys.argv:
                 time.sleep(60)
-            raise Stopped
+            raise Stopped("asked to", code)
 run_main(main)
 """
 # Starts a worker as the launcher would, and says its number.
@@ -100,6 +104,41 @@ def test_a_signal_passed_on_by_the_launcher_is_no_second_one(tmp_path):
     assert "SIGTERM again: ended at once in step 7" in said
 
 
+def test_under_nohup_a_hangup_is_ignored_and_other_signals_are_not(tmp_path):
+    command = ["nohup", sys.executable, "-c", WORKER, str(ROOT), str(tmp_path)]
+    with started(*command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGTERM)
+        code, out, _ = ended(process)
+    assert code == EXIT_STOPPED
+    assert json.loads(out) == [float(reason == "SIGTERM") for reason in REASONS]
+
+
+def test_a_lost_terminal_is_a_request(tmp_path):
+    ours, terminal = os.openpty()
+
+    def take_terminal():
+        os.setsid()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+
+    with subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(ROOT), str(tmp_path)],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        preexec_fn=take_terminal,
+    ) as process:
+        os.close(terminal)
+        said = b""
+        while b"ready\r\n" not in said:
+            said += os.read(ours, 100)
+        os.close(ours)
+        assert process.wait(30) == EXIT_STOPPED
+
+
 def test_a_signal_after_the_save_ends_at_once(tmp_path):
     with worker(tmp_path, "saved") as process:
         process.send_signal(signal.SIGTERM)
@@ -142,9 +181,22 @@ def test_a_stop_file(tmp_path):
     with worker(tmp_path) as process:
         (tmp_path / "STOP").touch()
         code, out, _ = ended(process)
-    assert code == EXIT_STOPPED
+    assert code == EXIT_STOPPED_FOR_GOOD
     assert json.loads(out)[REASONS.index("the file STOP in the run folder")] == 1.0
     assert not any(StopRequests(tmp_path, None, first_rank=False).flags())
+
+
+def test_whoever_asked_the_stop_file_decides_the_code():
+    assert code_of([0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0], None) == EXIT_STOPPED
+    asked = [float(reason.startswith(("SIGTERM", "the file STOP"))) for reason in REASONS]
+    assert sum(asked) == 2 and code_of(asked, None) == EXIT_STOPPED_FOR_GOOD
+
+
+def test_a_deadline_is_final_where_it_is_a_time_of_the_calendar():
+    asked = [float(reason == signals.DEADLINE) for reason in REASONS]
+    for deadline in (10.0, "slurm"):
+        assert code_of(asked, deadline) == EXIT_STOPPED
+    assert code_of(asked, "2026-05-01T18:00:00") == EXIT_STOPPED_FOR_GOOD
 
 
 def test_a_worker_whose_launcher_is_killed_asks_to_stop(tmp_path):
@@ -184,7 +236,7 @@ def test_a_deadline_that_is_none_is_refused():
 
 
 def test_reasons_in_words():
-    assert describe([0, 2, 0, 1, 0, 0], 4) == (
+    assert describe([0, 2, 0, 0, 1, 0, 0], 4) == (
         "SIGINT (2 of 4 ranks), the file STOP in the run folder (remove it first)"
     )
 
@@ -255,7 +307,7 @@ def train(corpus, out, place=None, rank=None, **changes):
         for owner, name, original in originals:
             setattr(owner, name, original)
         signals._process.received.clear()
-        signals._process.ended = False
+        signals._process.ended, signals._process.exit_code = False, EXIT_STOPPED
 
 
 def curve(run):
