@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from sparse_gpt import supervise
-from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD
 from sparse_gpt.supervise import SECOND_REQUEST_SECONDS, Supervisor
 from tests.leftovers import marked_processes
 from tests.ranks import ROOT

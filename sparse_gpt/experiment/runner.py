@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_gpt.config_file import dump_yaml
 from sparse_gpt.durable import write_json
-from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, EXIT_USER_ERROR, UserError
 from sparse_gpt.experiment.corpora import Corpora
 from sparse_gpt.experiment.finetune_record import finetune_record
 from sparse_gpt.experiment.identity import changes, config_tree
@@ -39,7 +39,7 @@ SCRIPTS = {
 }
 STOPPED = {
     EXIT_STOPPED: ", stopped on request; start again to go on",
-    EXIT_STOPPED_FOR_GOOD: ", stopped by the file STOP in its folder; remove it and start again to go on",
+    EXIT_STOPPED_FOR_GOOD: ", stopped for good; remove STOP from its folder and start again",
 }
 RECORDS = {
     "pretrain": make_record,

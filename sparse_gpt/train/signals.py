@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, UserError
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 STOP_FILE = "STOP"

@@ -10,7 +10,7 @@ import psutil
 import pytest
 import yaml
 
-from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD
 from tests.crash.runs import (
     EVERY,
     FAULTY,

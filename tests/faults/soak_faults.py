@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, EXIT_USER_ERROR
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, EXIT_USER_ERROR
 from sparse_gpt.train.checkpoint_files import list_steps, step_folder
 from tests.crash.runs import RANKS, SCRIPT
 from tests.launcher import Launch, run_deepspeed

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 
 import pytest
 
-from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD
 from sparse_gpt.supervise import SECOND_REQUEST_SECONDS
 from tests.launcher import Launch
 from tests.multi_node.recipes import (

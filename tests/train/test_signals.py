@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from sparse_gpt.config import CheckpointConfig
-from sparse_gpt.errors import EXIT_STOPPED_FOR_GOOD, EXIT_STOPPED, Stopped, UserError
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, Stopped, UserError
 from sparse_gpt.train import signals
 from sparse_gpt.train.signals import REASONS, StopRequests, code_of, deadline_of, describe
 from tests.contracts.runs import run_config, trainer
