@@ -69,9 +69,9 @@ def files_of(path: Path) -> dict[str, str]:
     return {file.name: sha256_file(file) for file in path.iterdir()}
 
 
-def snapshot(folder: Path) -> dict[int, dict[str, str]]:
-    """Every published checkpoint, each of them whole."""
-    return {step: files_of(folder / step_folder(step)) for step in list_steps(folder)}
+def snapshot(folder: Path, tag: str = "step") -> dict[int, dict[str, str]]:
+    """Every published checkpoint (of a tag), each of them whole."""
+    return {step: files_of(folder / step_folder(step, tag)) for step in list_steps(folder, tag)}
 
 
 def check(folder: Path, before: dict[int, dict[str, str]], step: int, said: str) -> None:
