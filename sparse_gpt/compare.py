@@ -7,7 +7,7 @@ from typing import Any
 
 from sparse_gpt.config_file import read_tree
 from sparse_gpt.errors import UserError
-from sparse_gpt.json_file import parse_object
+from sparse_gpt.json_file import read_objects
 
 
 @dataclass(frozen=True)
@@ -42,23 +42,29 @@ def read_run(folder: Path) -> RunCurve:
     """Read a run folder. Raises `UserError` where it holds no validation yet."""
     path = folder / "metrics.jsonl"
     try:
-        records = [parse_object(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        points = [record for record in records if record["kind"] == "validation"]
-        trained = [record for record in records if record["kind"] == "train"]
-        if not points or not trained:
+        points, trained, updates = [], None, 0
+        for record in read_objects(path):
+            kind = record["kind"]
+            if kind == "validation":
+                points.append((record["tokens"], record["flops_spent"], float(record["loss"])))
+            elif kind == "train":
+                trained = record
+            updates += kind == "topology"
+        if not points or trained is None:
             raise UserError(f"{path}: no validation in it yet")
+        tokens, flops, losses = map(list, zip(*points))
         return RunCurve(
             name=folder.name,
-            tokens=[point["tokens"] for point in points],
-            flops=[point["flops_spent"] for point in points],
-            losses=[float(point["loss"]) for point in points],
-            sparsity=trained[-1]["sparsity"],
-            updates=sum(record["kind"] == "topology" for record in records),
+            tokens=tokens,
+            flops=flops,
+            losses=losses,
+            sparsity=trained["sparsity"],
+            updates=updates,
             iso_flop=_iso_flop(folder / "config.yaml"),
         )
     except FileNotFoundError:
         raise UserError(f"{folder} is no run folder: it has no metrics.jsonl") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: not a log of a run ({error!r})") from None
 
 

@@ -6,19 +6,20 @@ digits and keys given twice (of which programs take the first or the last) are s
 """
 
 import json
+import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 LARGEST = 16 << 20  # bytes; the manifest of thousands of ranks has some
+LONGEST_LINE = 1 << 20  # bytes, of a log: it has names, and numbers of ranks
 
 
 def read_bytes(path: Path | str, most: int = LARGEST) -> bytes:
     """All of a regular file of at most `most` bytes; no more than that is ever read."""
     path = Path(path)
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise ValueError("it is no regular file")
+    status = _regular(path)
     if status.st_size > most:
         raise ValueError(f"it has {status.st_size:,} bytes, more than the {most:,} it may have")
     with open(path, "rb") as file:
@@ -41,6 +42,31 @@ def read_object(path: Path | str, most: int = LARGEST, *, unique: bool = True) -
     return value
 
 
+def read_lines(path: Path | str, most: int = LONGEST_LINE) -> Iterator[bytes]:
+    """The lines of a regular file, without their ends: one at a time is in memory.
+
+    Of one longer than `most` bytes come the first `most + 1`.
+    """
+    path = Path(path)
+    _regular(path)
+    with open(path, "rb") as file:
+        while line := file.readline(most + 1):
+            yield line.removesuffix(b"\n")
+            while len(line) > most and not line.endswith(b"\n"):
+                line = file.readline(most + 1)
+
+
+def read_objects(path: Path | str, most: int = LONGEST_LINE) -> Iterator[dict[str, Any]]:
+    """The objects of a log, one a line; `ValueError` for any other line, or a longer one."""
+    for number, line in enumerate(read_lines(path, most), 1):
+        if len(line) > most:
+            raise ValueError(f"line {number:,} has more than the {most:,} bytes it may have")
+        try:
+            yield parse_object(line)
+        except ValueError as error:
+            raise ValueError(f"line {number:,}: {error}") from None
+
+
 def parse(text: str | bytes, *, unique: bool = True) -> Any:
     """`json.loads` of UTF-8, whose errors are all `ValueError`."""
     try:
@@ -56,6 +82,13 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{_kind(value)}, not a JSON object")
     return value
+
+
+def _regular(path: Path) -> os.stat_result:
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("it is no regular file")
+    return status
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

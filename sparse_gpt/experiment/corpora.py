@@ -1,7 +1,6 @@
 """The data of an experiment: where it lies, and making it where it is not there."""
 
 import hashlib
-import json
 import os
 import re
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sparse_gpt.data.tokenizer_training import KINDS
 from sparse_gpt.durable import write_json
 from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.spec import Corpus, Experiment
+from sparse_gpt.json_file import read_object
 
 STAMP = "corpus.json"  # beside a prepared folder: the settings and the files that made it
 
@@ -152,10 +152,9 @@ def _inputs(corpus: Corpus) -> list[str]:
 def _read_stamp(path: Path) -> dict[str, Any]:
     """What made a prepared folder; empty where that is not known, and it is made again."""
     try:
-        stamp = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path)
     except (OSError, ValueError):
         return {}
-    return stamp if isinstance(stamp, dict) else {}
 
 
 def _sources(name: str, corpus: Corpus) -> dict[str, documents.Source]:

@@ -10,9 +10,11 @@ from sparse_gpt.config_file import validate
 from sparse_gpt.errors import UserError
 from sparse_gpt.experiment.spec import LeaderboardStage
 from sparse_gpt.finetune.config import FinetuneConfig
-from sparse_gpt.train.drift import FREE
+from sparse_gpt.train.drift import FREE, FREE_WITHOUT_PATIENCE
 
 AnyConfig = RunConfig | FinetuneConfig | LeaderboardStage
+# What records have never held; with more in it, the digests of all runs so far would be others.
+FREE_OF_PRETRAINING = (*FREE, *FREE_WITHOUT_PATIENCE, "deepspeed.*")
 # Of a fine-tuning. How often it is validated decides which weights are its best.
 FREE_OF_FINETUNING = (
     *("name", "output_dir", "checkpoint", "data.*.path", "checkpointing.*", "logging.*"),
@@ -57,7 +59,7 @@ def changes(saved: dict[str, Any], config: AnyConfig) -> list[str]:
 def _free(config: AnyConfig) -> tuple[str, ...]:
     if isinstance(config, LeaderboardStage):
         return FREE_OF_EVALUATION
-    return FREE if isinstance(config, RunConfig) else FREE_OF_FINETUNING
+    return FREE_OF_PRETRAINING if isinstance(config, RunConfig) else FREE_OF_FINETUNING
 
 
 def _part(

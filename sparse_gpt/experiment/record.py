@@ -1,6 +1,6 @@
 """One finished run as a small JSON file, and whether it is the run that is wanted now."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from sparse_gpt.experiment.leaderboard_stage import LeaderboardRun
 from sparse_gpt.experiment.plan import Run, layer_flops
 from sparse_gpt.experiment.results import LARGEST_FILE, checked
 from sparse_gpt.experiment.sessions import Sessions
-from sparse_gpt.json_file import parse_object, read_object
+from sparse_gpt.json_file import read_object, read_objects
 from sparse_gpt.train.results import FILE as RESULTS
 from sparse_gpt.train.results import SPLITS, read_results
 
@@ -109,27 +109,28 @@ def diverged_record(run: Run, corpora: Corpora) -> dict[str, Any] | None:
     It has no losses, and says why. Its weights are not measured.
     """
     path = run.folder / "metrics.jsonl"
-    lines = _json_lines(path) if path.is_file() else []
-    if not lines or lines[-1]["kind"] != "diverged":
+    last, ended = None, None
+    for last in read_log(path) if path.is_file() else ():
+        ended = last if "flops_spent" in last else ended
+    if last is None or last["kind"] != "diverged":
         return None
-    ended = [line for line in lines if "flops_spent" in line]
     results: dict[str, Any] = {
-        "steps": lines[-1]["step"],
+        "steps": last["step"],
         "tested_step": None,
-        "tokens": ended[-1]["tokens"] if ended else 0,
-        "flops_spent": ended[-1]["flops_spent"] if ended else 0,
+        "tokens": ended["tokens"] if ended else 0,
+        "flops_spent": ended["flops_spent"] if ended else 0,
         "sparse_layer_weights": 0,
         "active_weights": 0,
         "precision": run.config.precision,
         "device": "unknown",
         "ranks": None,
     }
-    return {**_record(run, corpora, results), "diverged": lines[-1]["because"]}
+    return {**_record(run, corpora, results), "diverged": last["because"]}
 
 
 def _record(run: Run, corpora: Corpora, results: dict[str, Any]) -> dict[str, Any]:
     folder, plan = run.folder, run.plan
-    metrics = _json_lines(folder / "metrics.jsonl")
+    metrics = read_log(folder / "metrics.jsonl")
     model = plan.model
     updates = sum(line["kind"] == "topology" and line["step"] > 0 for line in metrics)
     weights = results["sparse_layer_weights"]
@@ -200,7 +201,7 @@ def about_run(
         "word_perplexity": {split: part["word_perplexity"] for split, part in splits.items()},
         "curve": [
             [line["step"], line["tokens"], line["flops_spent"], line["loss"]]
-            for line in _json_lines(folder / "metrics.jsonl")
+            for line in read_log(folder / "metrics.jsonl")
             if line["kind"] == "validation"
         ],
     }
@@ -242,9 +243,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: {error}; remove the run's folder to repeat the run") from None
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's log, one at a time."""
     try:
-        return [parse_object(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        yield from read_objects(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; remove the run's folder to repeat the run") from None
 

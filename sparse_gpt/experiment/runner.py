@@ -268,9 +268,7 @@ def progress_of(run: AnyRun) -> tuple[int, float | None]:
 def progress(folder: Path) -> tuple[int, float | None]:
     """Last step in a run's log of metrics, and the last loss in it; (0, None) without one."""
     try:
-        with open(folder / "metrics.jsonl", "rb") as file:
-            file.seek(max(0, file.seek(0, 2) - 4096))
-            lines = file.read().decode(errors="replace").splitlines()
+        lines = _last_lines(folder / "metrics.jsonl", 4096)
     except FileNotFoundError:
         return 0, None
     for line in reversed(lines):
@@ -286,5 +284,11 @@ def progress(folder: Path) -> tuple[int, float | None]:
 
 def tail(log: Path) -> str:
     """The last lines of a log."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join(lines[-LOG_TAIL_LINES:])
+    return "\n".join(_last_lines(log, 1 << 16)[-LOG_TAIL_LINES:])
+
+
+def _last_lines(path: Path, most: int) -> list[str]:
+    """Of the last `most` bytes of a file; the first may be cut."""
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, 2) - most))
+        return file.read(most).decode(errors="replace").splitlines()

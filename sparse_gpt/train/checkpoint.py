@@ -15,7 +15,7 @@ from sparse_gpt.model.gpt import GPTConfig
 from sparse_gpt.topology.controller import TopologyController
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.train import checkpoint_files as files
-from sparse_gpt.train.checkpoint_folder import CheckpointFolder
+from sparse_gpt.train.checkpoint_folder import CheckpointFolder, Unconfirmed
 from sparse_gpt.train.every_rank import on_every_rank
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.manifest import FORMAT, write_manifest
@@ -56,7 +56,9 @@ class Checkpointer:
         """Write and publish a checkpoint. A collective.
 
         With a `tag` it is `<tag>-<step>`, outside the rotation, and the one of that tag.
-        Every rank raises if any rank failed; the previous checkpoints are untouched then.
+        Every rank raises if any rank failed; the previous checkpoints are untouched then. Where
+        the disk did not confirm the name of the new one, it is there beside them (`Unconfirmed`
+        of the first rank, whose message says so).
         """
         name = files.step_folder(step, tag or "step")
         temporary = self.folder / f"{name}.tmp"
@@ -198,15 +200,12 @@ class Checkpointer:
         try:
             write_manifest(temporary, manifest)
             replaced = self.disk.publish(temporary, final)
+        except Unconfirmed:
+            raise
         except (OSError, UserError) as problem:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"step {step} was not saved: {problem}") from None
-        try:
-            self.disk.retire(final, replaced, self.keep_last)
-        except OSError as problem:
-            raise UserError(
-                f"{final.name} is saved, but older checkpoints could not be removed: {problem}"
-            ) from None
+        self.disk.retire(final, replaced, self.keep_last)
 
     def newest(self, tag: str = "step") -> Path | None:
         """The newest published checkpoint (of a tag), as rank 0 sees it. A collective."""

@@ -3,8 +3,14 @@
 At every moment, also after a kill or a power cut in it, whatever is named `step-N` or `best-N` is
 complete: a checkpoint in the making, and one on its way out, is called `*.tmp`. A name reaches
 the disk before anything that depends on it, and the new checkpoint before an old one goes.
+
+What is on its way out and cannot be removed (a file that another program has open on NFS, a
+folder without write permission) ends no run: it is said once, and tried again at the next save.
 """
 
+import contextlib
+import itertools
+import logging
 import shutil
 from pathlib import Path
 
@@ -12,8 +18,14 @@ from sparse_gpt.durable import exchange, fsync_path, make_folder
 from sparse_gpt.errors import UserError
 from sparse_gpt.train.checkpoint_files import CheckpointReader, list_steps, step_folder
 
+log = logging.getLogger(__name__)
+
 RETIRED = ".old.tmp"
 REPLACED = ".replaced.tmp"  # put back where its successor did not come
+
+
+class Unconfirmed(UserError):
+    """A checkpoint has its name, but the disk did not confirm it: a power cut may undo that."""
 
 
 class CheckpointFolder:
@@ -22,6 +34,7 @@ class CheckpointFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._was_there = False
+        self._warned = False
 
     def ready(self) -> None:
         """Make the folder, or see that it is still there; clear what a killed save left in it.
@@ -51,7 +64,9 @@ class CheckpointFolder:
         """Give a written checkpoint its name. Returns what had that name before, for `retire`.
 
         A step is done again after a rollback, or where the checkpoint of a tag is later than the
-        one a run goes on from. Nothing is changed where an `OSError` or `UserError` is raised.
+        one a run goes on from. After an `OSError` or `UserError` no name stands for anything else
+        than before, with one exception: after `Unconfirmed` the new checkpoint has its name, and
+        what had it before is kept.
         """
         CheckpointReader(temporary)  # every file of every rank can be seen from here, whole
         replaced = None
@@ -65,11 +80,35 @@ class CheckpointFolder:
         if replaced != temporary:
             try:
                 temporary.rename(final)
-            except OSError:
-                self._put_back()
+            except OSError as problem:
+                with contextlib.suppress(OSError):
+                    self._put_back()
+                if replaced is not None and not final.exists():
+                    raise UserError(
+                        f"{problem}; {replaced.name} is {final.name}, and the next start gives it "
+                        "that name again"
+                    ) from None
                 raise
-        fsync_path(self.path)
+        try:
+            fsync_path(self.path)
+        except OSError as problem:
+            raise Unconfirmed(self._not_confirmed(final, replaced, problem)) from None
         return replaced
+
+    def _not_confirmed(self, final: Path, replaced: Path | None, problem: OSError) -> str:
+        """What to say; keeps `replaced` where it gets its name back if that is free again."""
+        kept = final.with_name(final.name + REPLACED)
+        if replaced is not None and replaced != kept:
+            try:
+                replaced.rename(kept)
+            except OSError:
+                kept = replaced
+        before = "" if replaced is None else f", what it replaces is kept as {kept.name}"
+        return (
+            f"{final.name} is published, but the disk did not confirm its name: {problem}. A power "
+            f"cut may undo that; no older checkpoint was removed{before}. See to the disk, and "
+            "start the run again"
+        )
 
     def retire(self, newest: Path, replaced: Path | None, keep_last: int) -> None:
         """Once `newest` is published: remove what it replaced, and older ones of its tag.
@@ -77,23 +116,19 @@ class CheckpointFolder:
         A tag names one checkpoint, the one saved last; steps stay for `keep_last` of them.
         """
         tag = newest.name.split("-")[0]
-        others = [self.path / step_folder(step, tag) for step in list_steps(self.path, tag)]
+        try:
+            others = [self.path / step_folder(step, tag) for step in list_steps(self.path, tag)]
+        except OSError as problem:
+            self._warn(problem)
+            return
         stale = others[:-keep_last] if tag == "step" else others
         retired = [replaced] if replaced is not None else []
-        for folder in stale:
-            if folder != newest:
-                retired.append(folder.with_name(folder.name + RETIRED))
-                folder.rename(retired[-1])
-        self._remove(retired)
+        self._remove([*retired, *(folder for folder in stale if folder != newest)])
 
     def remove(self, tag: str) -> None:
-        """Remove all checkpoints of a tag."""
-        retired = []
-        for step in list_steps(self.path, tag):
-            folder = self.path / step_folder(step, tag)
-            retired.append(folder.with_name(folder.name + RETIRED))
-            folder.rename(retired[-1])
-        self._remove(retired)
+        """Take their names from all checkpoints of a tag, or raise; then remove them."""
+        steps = list_steps(self.path, tag)
+        self._remove([self._aside(self.path / step_folder(step, tag)) for step in steps])
 
     def _put_back(self) -> None:
         for replaced in self.path.glob(f"*{REPLACED}"):
@@ -103,8 +138,43 @@ class CheckpointFolder:
                 fsync_path(self.path)
 
     def _remove(self, folders: list[Path]) -> None:
-        if folders:
-            # The names they had must be gone from the disk before their files are.
-            fsync_path(self.path)
+        problems: list[OSError] = []
+        retired: list[Path] = []
         for folder in folders:
-            shutil.rmtree(folder)
+            try:
+                retired.append(self._aside(folder))
+            except OSError as problem:
+                problems.append(problem)
+        try:
+            if retired:
+                # The names they had must be gone from the disk before their files are.
+                fsync_path(self.path)
+        except OSError as problem:
+            problems.append(problem)
+            retired = []
+        for folder in retired:
+            try:
+                shutil.rmtree(folder)
+            except OSError as problem:
+                problems.append(problem)
+        if problems:
+            self._warn(problems[0])
+
+    def _warn(self, problem: OSError) -> None:
+        if not self._warned:
+            log.warning(
+                "checkpoint folder %s: what is not needed any more cannot all be removed: %s; the "
+                "run goes on, and each save tries again",
+                self.path,
+                problem,
+            )
+        self._warned = True
+
+    def _aside(self, folder: Path) -> Path:
+        """Give it a name of what is on its way out: half removed, it must never get another."""
+        if folder.name.endswith(RETIRED):
+            return folder
+        stem = folder.name.removesuffix(".tmp")
+        names = (f"{stem}.{number}{RETIRED}" for number in itertools.count())
+        free = next(name for name in names if not folder.with_name(name).exists())
+        return folder.rename(folder.with_name(free))

@@ -21,17 +21,22 @@ FREE = (
     "optimizer.max_nonfinite_steps",
     "optimizer.on_nonfinite",
     "optimizer.max_rollbacks",
-    "evaluation.every",
-    "evaluation.sequences",
     "evaluation.final",
     "logging.*",
-    "deepspeed.*",
+    "deepspeed.zero_stage",
+    "deepspeed.offload_optimizer",
+    "deepspeed.reduce_bucket_size",
+    "deepspeed.allgather_bucket_size",
+    "deepspeed.overlap_comm",
+    "deepspeed.param_persistence_threshold",
     "model.compile",
     "model.activation_checkpointing",
     "model.loss_chunk",
     "sparsity.kernel",
     "sparsity.storage",
 )
+# With patience, which weights are the best and where a run ends hang on the validations.
+FREE_WITHOUT_PATIENCE = ("evaluation.every", "evaluation.sequences")
 
 
 def check_drift(path: Path, identity: dict[str, Any], allowed: tuple[str, ...]) -> None:
@@ -55,11 +60,13 @@ def check_drift(path: Path, identity: dict[str, Any], allowed: tuple[str, ...]) 
             f"has {identity['global_batch_size']}; every schedule counts steps of that batch: set "
             f"global_batch_size={batch}, or start anew in another output_dir"
         )
+    free = (*FREE, *allowed)
+    if before.get("evaluation.patience") is None and now.get("evaluation.patience") is None:
+        free += FREE_WITHOUT_PATIENCE
     changed = {
         key: (before.get(key), now.get(key))
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and not any(fnmatchcase(key, glob) for glob in (*FREE, *allowed))
+        if before.get(key) != now.get(key) and not any(fnmatchcase(key, glob) for glob in free)
     }
     if data != identity["data"] and "data" not in allowed:
         changed["data"] = ("the shards it was trained on", "other shards (their index differs)")

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sparse_gpt.config import LoggingConfig
-from sparse_gpt.durable import fsync_path, write_text
+from sparse_gpt.durable import fsync_path, write_pieces
 from sparse_gpt.errors import UserError
-from sparse_gpt.json_file import parse_object
+from sparse_gpt.json_file import parse_object, read_lines
 from sparse_gpt.train.board import Board
 
 FORMATS = {
@@ -105,18 +106,20 @@ class Metrics:
         self._board = Board(self._run_dir / "tensorboard", step)
 
     def _trim(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if self.path.exists():
             try:
-                record = parse_object(line)
+                write_pieces(self.path, self._lines_until(step))
+            except ValueError as error:
+                raise UserError(f"{self.path}: {error}; move it away") from None
+
+    def _lines_until(self, step: int) -> Iterator[bytes]:
+        for line in read_lines(self.path):
+            try:
+                at = parse_object(line).get("step", 0)
             except ValueError:  # half written by a killed run, or torn by a power cut
                 continue
-            at = record.get("step", 0)
             if isinstance(at, int) and at <= step:
-                kept.append(line + "\n")
-        write_text(self.path, "".join(kept))
+                yield line + b"\n"
 
     def say(self, message: str) -> None:
         """One plain line."""

@@ -11,6 +11,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,29 +100,15 @@ def killed_saves(
     with trainer(config_of(corpus, out, stop_at=1)) as made:
         made.fit()  # an undisturbed save: there is something to keep
         config = made.config
-        save, rank = made.checkpointer.save, dist.get_rank()
-        number = 0
+        save, number = made.checkpointer.save, 0
 
         def killed_save(step: int, state: dict[str, Any], tag: str | None = None) -> Path:
             nonlocal number, longest
             number += 1
             kill = draw(seed, number, longest)
             before = list_steps(folder)
-            dist.barrier()
-            meet = Path(out) / f"meet-{number}"
-            place = _die_in(kill, rank, folder, lambda: save(step, state, tag))
-            began = time.monotonic()
-            child, reader = forked.fork(place, meet)
-            after = kill.seconds if rank in kill.ranks else None
-            status = forked.wait(child, reader, after)
-            statuses: list[Any] = [None] * RANKS
-            dist.all_gather_object(statuses, (status, time.monotonic() - began))
-            if rank == 0:
-                meet.unlink(missing_ok=True)
-            codes = [code for code, _ in statuses]
-            died = -signal.SIGKILL in codes
-            assert died or codes == [0, 0], (kill, codes)
-            longest = max(longest, 0.3) if died else max(longest, statuses[0][1])
+            died, seconds = killed(kill, folder, number, lambda: save(step, state, tag))
+            longest = max(longest, 0.3 if died else seconds)
             problem = ""
             try:
                 _judge(folder, before, step, died, expected, seen)
@@ -131,7 +118,7 @@ def killed_saves(
             dist.all_gather_object(problems, problem)
             assert not any(problems), problems
             seen["kills"] += died
-            raise Killed(f"{kill}: {codes}")
+            raise Killed(str(kill))
 
         check_space = made.checkpointer.check_space
         made.checkpointer.save = killed_save
@@ -153,6 +140,24 @@ def killed_saves(
         assert len(list(folder.iterdir())) == 2
     seen["losses"] = losses(Path(out))
     return seen
+
+
+def killed(kill: Kill, folder: Path, number: int, save: Callable[[], Any]) -> tuple[bool, float]:
+    """A save in children of the ranks: whether it died of `kill`, and the seconds it took."""
+    dist.barrier()
+    rank, meet = dist.get_rank(), folder.with_name(f"meet-{number}")
+    began = time.monotonic()
+    child, reader = forked.fork(_die_in(kill, rank, folder, save), meet)
+    after = kill.seconds if rank in kill.ranks else None
+    status = forked.wait(child, reader, after)
+    statuses: list[Any] = [None] * RANKS
+    dist.all_gather_object(statuses, (status, time.monotonic() - began))
+    if rank == 0:
+        meet.unlink(missing_ok=True)
+    codes = [code for code, _ in statuses]
+    died = -signal.SIGKILL in codes
+    assert died or codes == [0, 0], (kill, codes)
+    return died, statuses[0][1]
 
 
 def _die_in(kill: Kill, rank: int, folder: Path, save: Any) -> Any:

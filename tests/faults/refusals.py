@@ -2,16 +2,20 @@
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch.distributed as dist
 
+from sparse_gpt.durable import sha256_file
 from sparse_gpt.errors import UserError
+from sparse_gpt.train import checkpoint_folder
 from sparse_gpt.train.checkpoint_files import list_steps, open_checkpoint, step_folder
 from tests.contracts.runs import run_config, trainer
 from tests.faults.operations import Before, Operation, copy_tree, watched
@@ -23,6 +27,8 @@ NUMBERS = {
     "broken": errno.EIO,
 }
 
+NO_EXCHANGE = (checkpoint_folder, "exchange", mock.Mock(side_effect=OSError(errno.EINVAL, "none")))
+
 # Operations that each save has: of rank 0, which publishes, and of any other; three for a file.
 CERTAIN = (23, 15)
 
@@ -32,43 +38,80 @@ def refusal(what: str, path: Path) -> OSError:
     return OSError(number, os.strerror(number), str(path))
 
 
-def attempt(made: Any, folder: Path, before: Before | None) -> str:
-    """One save; what it said if it was refused."""
-    said = ""
-    with watched(folder, before) if before else contextlib.nullcontext():
-        try:
+def attempt(made: Any, folder: Path, before: Before | None) -> tuple[str, list[str]]:
+    """One save; what it said if it was refused, and of what it warned."""
+    said, warned = "", _Heard()
+    checkpoint_folder.log.addHandler(warned)
+    made.checkpointer.disk._warned = False
+    try:
+        with watched(folder, before) if before else contextlib.nullcontext():
             made.checkpointer.save(made.state.step, asdict(made.state))
-        except UserError as error:
-            said = str(error)
+    except UserError as error:
+        said = str(error)
+    finally:
+        checkpoint_folder.log.removeHandler(warned)
     dist.barrier()
-    return said
+    return said, warned.lines
 
 
-def check(folder: Path, before: dict[int, Any], step: int, said: str) -> None:
-    """The newest is the previous one, or the new one; each one there is whole."""
-    steps = list_steps(folder)
-    assert steps and steps[-1] in (max(before), step), (steps, said)
-    for found in steps:
-        files = open_checkpoint(folder / step_folder(found)).files
-        assert found == step or files == before[found]
-    if "is saved" not in said:
-        assert not list(folder.glob("*.tmp")), "what was not saved takes up room"
+class _Heard(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
-def every_place(corpus: str, out: str, what: str, kinds: tuple[str, ...]) -> dict[int, int]:
+def files_of(path: Path) -> dict[str, str]:
+    """Of a checkpoint that is whole: its files by their digests."""
+    assert open_checkpoint(path).path == path
+    return {file.name: sha256_file(file) for file in path.iterdir()}
+
+
+def snapshot(folder: Path, tag: str = "step") -> dict[int, dict[str, str]]:
+    """Every published checkpoint (of a tag), each of them whole."""
+    return {step: files_of(folder / step_folder(step, tag)) for step in list_steps(folder, tag)}
+
+
+def check(folder: Path, before: dict[int, dict[str, str]], step: int, said: str) -> None:
+    """What was said of a save is what is there, to the byte."""
+    now, left = snapshot(folder), [files_of(path) for path in folder.glob("*.tmp")] if said else []
+    if "is published, but the disk did not confirm" in said and "not saved" not in said:
+        assert now[step] != before.get(step), said
+        assert now == {**before, step: now[step]}, said
+        assert left == ([before[step]] if step in before else []), "what it replaced is kept"
+    elif said:
+        assert now == before, said
+        assert not left, "what was not saved takes up room"
+    else:
+        assert now[step] != before.get(step)
+        assert step == max(now) and len(now) >= 2
+        assert all(files == before[older] for older, files in now.items() if older != step)
+
+
+def every_place(
+    corpus: str, out: str, what: str, kinds: tuple[str, ...], step: int = 3, exchange: bool = True
+) -> dict[int, int]:
     """Refuse every operation of those kinds of a save, one save each, on each rank.
 
-    Returns how many were refused, by rank.
+    Steps 1 and 2 are there: the save of `step` 2 replaces one, with `exchange` or without.
+    Returns how many operations were refused, by rank.
     """
     folder, rank = Path(out) / "checkpoints", dist.get_rank()
     kept, counted = folder.with_name("kept"), Counter[int]()
-    with trainer(run_config(corpus, out, max_steps=400, stop_at=2, checkpoint__every=1)) as made:
-        made.fit()  # steps 1 and 2 are there
+    with (
+        contextlib.nullcontext() if exchange else mock.patch.object(*NO_EXCHANGE),
+        trainer(run_config(corpus, out, max_steps=400, stop_at=2, checkpoint__every=1)) as made,
+    ):
+        made.fit()
         dist.barrier()
-        before = {s: open_checkpoint(folder / step_folder(s)).files for s in list_steps(folder)}
+        before = snapshot(folder)
+        assert list(before) == [1, 2]
         if rank == 0:
             shutil.copytree(folder, kept)
-        made.state.step = 3
+        made.state.step = step
+        made.state.tokens += 1  # another checkpoint than the one it may replace
         for victim in range(dist.get_world_size()):
             while _refuse_one(made, folder, what, kinds, victim, counted[victim] + 1, before):
                 counted[victim] += 1
@@ -79,10 +122,11 @@ def every_place(corpus: str, out: str, what: str, kinds: tuple[str, ...]) -> dic
             if rank == 0:
                 copy_tree(kept, folder)
             dist.barrier()
-        made.checkpointer.save(3, asdict(made.state))  # room was made
+        made.checkpointer.save(step, asdict(made.state))  # room was made
         dist.barrier()
-        assert list_steps(folder) == [2, 3]
-        open_checkpoint(folder)
+        assert list_steps(folder) == [step - 1, step]
+        assert files_of(folder / step_folder(step)) != before.get(step)
+        dist.barrier()
     return dict(counted)
 
 
@@ -93,29 +137,32 @@ def _refuse_one(
     kinds: tuple[str, ...],
     victim: int,
     number: int,
-    before: dict[int, Any],
+    before: dict[int, dict[str, str]],
 ) -> bool:
     """A save in which `victim` meets its refusal of that number; whether it came so far."""
-    met = 0
+    met, refused = 0, ""
 
     def refuse(operation: Operation) -> None:
-        nonlocal met
+        nonlocal met, refused
         met += operation.kind in kinds
         if operation.kind in kinds and met == number:
+            refused = operation.kind
             operation.tear()
             raise refusal(what, folder / operation.path)
 
-    said = attempt(made, folder, refuse if dist.get_rank() == victim else None)
-    reached = [False] * dist.get_world_size()
-    dist.all_gather_object(reached, met >= number)
-    if any(reached):
-        assert str(folder) in said, said
-        assert os.strerror(NUMBERS[what]) in said, said
-        check(folder, before, 3, said)
+    said, warned = attempt(made, folder, refuse if dist.get_rank() == victim else None)
+    reports: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(reports, (refused, warned))
+    told = [said] if said else [line for _, lines in reports for line in lines]
+    if not reports[victim][0] or reports[victim][0] == "exchange":  # there is another way
+        assert not told, told
     else:
-        assert not said, said
+        assert len(told) == 1, told
+        assert str(folder) in told[0], told
+        assert os.strerror(NUMBERS[what]) in told[0], told
+    check(folder, before, made.state.step, said)
     dist.barrier()
-    return any(reached)
+    return bool(reports[victim][0])
 
 
 def log_on_a_full_disk(corpus: str, out: str, lines: int) -> tuple[str, list[str]]:
@@ -168,7 +215,7 @@ def vanishing(corpus: str, out: str, place: str) -> str:
         if place == "between saves" and rank == 0:
             os.rename(folder, away)
         dist.barrier()
-        said = attempt(made, folder, None)
+        said, _ = attempt(made, folder, None)
         assert not folder.exists()
         dist.barrier()
         for step in (1, 2):
@@ -195,6 +242,6 @@ def short_of_a_rank(corpus: str, out: str, how: str) -> str:
             return result
 
         made.checkpointer._write = written
-        said = attempt(made, folder, None)
+        said, _ = attempt(made, folder, None)
         assert list_steps(folder) == [1, 2] and len(list(folder.iterdir())) == 2
     return said

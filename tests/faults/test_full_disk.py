@@ -8,21 +8,30 @@ from tests.faults.operations import WRITING
 from tests.faults.refusals import every_place, log_on_a_full_disk, short_of_a_rank, vanishing
 from tests.ranks import run_ranks
 
-ALL = (*WRITING, "rename", "unlink", "rmdir")
+ALL = (*WRITING, "rename", "exchange", "unlink", "rmdir")
 
 
 @pytest.mark.parametrize(
-    ("what", "kinds"),
+    ("what", "kinds", "step", "exchange"),
     [
-        ("full", WRITING),
-        pytest.param("read-only", ALL, marks=pytest.mark.slow),
-        pytest.param("forbidden", ALL, marks=pytest.mark.slow),
-        ("broken", ("fsync",)),
+        ("full", WRITING, 3, True),
+        pytest.param("read-only", ALL, 3, True, marks=pytest.mark.slow),
+        pytest.param("forbidden", ALL, 3, True, marks=pytest.mark.slow),
+        ("broken", ("fsync",), 3, True),
+        ("broken", ("fsync", "exchange"), 2, True),
+        ("broken", ("fsync", "rename"), 2, False),
+        pytest.param("full", ALL, 2, True, marks=pytest.mark.slow),
+        pytest.param("broken", ALL, 2, True, marks=pytest.mark.slow),
+        pytest.param("broken", ALL, 2, False, marks=pytest.mark.slow),
     ],
 )
-def test_every_operation_refused(corpus, tmp_path, what, kinds):
-    """The previous checkpoints stay, no rank waits, and with room again the save is made."""
-    first, second = run_ranks(2, every_place, corpus, str(tmp_path / "run"), what, kinds)
+def test_every_operation_refused(corpus, tmp_path, what, kinds, step, exchange):
+    """The previous checkpoints stay, no rank waits, and with room again the save is made.
+
+    A save of step 3 adds one, of step 2 replaces one. What was said is what is there.
+    """
+    run = str(tmp_path / "run")
+    first, second = run_ranks(2, every_place, corpus, run, what, kinds, step, exchange)
     assert first == second
     assert first[0] > first[1] > 0
     tally.add(f"operations of a save refused ({what} disk)", sum(first.values()))

@@ -4,6 +4,7 @@ import pytest
 
 from tests.faults import tally
 from tests.faults.kills import RANKS, killed_saves, undisturbed
+from tests.faults.kills_of_replacing import HOW, anywhere, at_publishing
 from tests.ranks import run_ranks
 
 FEW, MANY, SEED = 40, 220, 20
@@ -34,3 +35,22 @@ def test_some_kills(corpus, tmp_path):
 @pytest.mark.parametrize("seed", [SEED + 1])
 def test_many_kills(corpus, tmp_path, seed):
     kill(corpus, tmp_path, seed, MANY)
+
+
+def replaced(how, results):
+    seen = results[0]
+    assert all(other == seen for other in results)
+    assert seen["old"] and seen["new"]
+    tally.add(f"kills in a save that replaces a checkpoint ({how})", seen["kills"])
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_kills_where_a_checkpoint_takes_the_place_of_another(corpus, tmp_path, how):
+    replaced(how, run_ranks(RANKS, at_publishing, corpus, str(tmp_path / "run"), how))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", HOW)
+def test_many_kills_of_saves_that_replace_a_checkpoint(corpus, tmp_path, how):
+    run = str(tmp_path / "run")
+    replaced(how, run_ranks(RANKS, anywhere, corpus, run, how, SEED, MANY // 2))

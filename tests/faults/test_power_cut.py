@@ -1,31 +1,42 @@
 """A power cut at any moment: the order of the operations of a save, and what they leave."""
 
+import contextlib
 import random
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from sparse_gpt.errors import UserError
 from sparse_gpt.train.checkpoint_files import open_checkpoint
 from tests.contracts.runs import run_config, trainer
 from tests.faults import tally
 from tests.faults.operations import watched
 from tests.faults.power_cut import LOST, TORN, WHOLE, Disk, Done
+from tests.faults.refusals import refusal
 from tests.ranks import run_ranks
 
 SAVES, SUBSETS, SEED = 4, 6, 5
 FOLDER = "run/checkpoints"
+QUIET = contextlib.nullcontext()
 NAME = re.compile(r"(step|best)-\d{8}$")
 
 
-def recorded(corpus, out, **changes):
-    """Every operation of a rank below the folder of the run's folder, from its very start."""
+def recorded(corpus, out, again=0, **changes):
+    """Every operation of a rank below the folder of the run's folder, from its very start.
+
+    `again`: saves of the last step once more. The disk confirms the name of every second one
+    only at the save after it.
+    """
     import torch.distributed as dist
 
-    made_of, started, rank = [], {}, dist.get_rank()
+    made_of, started, rank, refusing = [], {}, dist.get_rank(), [False]
 
     def before(operation):
+        if refusing[0] and operation.kind == "fsync" and operation.path == FOLDER:
+            raise refusal("broken", Path(operation.path))
         started[operation.number] = time.monotonic_ns()
 
     def after(operation):
@@ -38,6 +49,11 @@ def recorded(corpus, out, **changes):
         trainer(run_config(corpus, out, **settings)) as made,
     ):
         made.fit()
+        for number in range(again):
+            made.state.tokens += 1
+            refusing[0] = number % 2 == 0
+            with pytest.raises(UserError, match="is published, but") if refusing[0] else QUIET:
+                made.checkpointer.save(made.state.step, asdict(made.state))
     return made_of
 
 
@@ -151,6 +167,15 @@ def wholes(disk):
 def test_no_cut_leaves_half_a_checkpoint_under_its_name_or_takes_one(operations):
     states, torn = judge(operations, SUBSETS)
     assert torn > 50  # there was something to lose
+    tally.add("states of the disk after a power cut", states)
+
+
+def test_no_cut_in_saves_of_the_same_step_takes_it(corpus, tmp_path):
+    """Nor where the disk did not confirm that the new one has the name of the old."""
+    found = record(corpus, tmp_path, again=3, checkpoint__keep_last=1, stop_at=1)
+    assert sum(o.kind == "exchange" for o in found) == 3
+    states, torn = judge(found, SUBSETS)
+    assert torn > 50
     tally.add("states of the disk after a power cut", states)
 
 

@@ -1,6 +1,8 @@
 """JSON with two meanings, without end or without measure, in every file that is read as such."""
 
 import json
+import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,20 @@ from eval.model_folder import open_folders
 from eval.report import read_result
 from eval.run_folder import RunFolder
 from sparse_gpt.compare import read_run
+from sparse_gpt.config import LoggingConfig
 from sparse_gpt.data.shards import open_data
 from sparse_gpt.data.tokenizer import load_tokenizer
-from sparse_gpt.experiment.record import Records, read_json
+from sparse_gpt.experiment.corpora import _read_stamp
+from sparse_gpt.experiment.leaderboard_record import read_scores
+from sparse_gpt.experiment.record import Records, read_json, read_log
+from sparse_gpt.experiment.runner import tail
 from sparse_gpt.experiment.sessions import Sessions
 from sparse_gpt.experiment.special_plots import speeds
 from sparse_gpt.finetune.grid import _read_done
 from sparse_gpt.hf import ImportedWeights
 from sparse_gpt.hf.stock import stock_model, stock_tokenizer
 from sparse_gpt.train.checkpoint_files import open_checkpoint
+from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.results import read_results
 
 # What reads it: the file below a folder, and the reader given that folder.
@@ -38,6 +45,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "speeds": ("speeds.json", lambda folder: speeds(folder / "speeds.json")),
     "log": ("metrics.jsonl", read_run),
     "evaluation": ("e.json", lambda folder: read_result(folder / "e.json")),
+    "scores": ("e.json", lambda folder: read_scores(folder / "e.json")),
 }
 BAD = {
     "deep": b"[" * 100_000,
@@ -66,7 +74,7 @@ def test_what_is_no_json_object(tmp_path, marker, refused, reader, kind) -> None
         read(tmp_path)
 
 
-@pytest.mark.parametrize("reader", [r for r in READERS if r != "log"])
+@pytest.mark.parametrize("reader", READERS)
 def test_enormous_files(tmp_path, refused, reader) -> None:
     """A terabyte on the disk's account, nothing of which is read."""
     name, read = READERS[reader]
@@ -77,7 +85,9 @@ def test_enormous_files(tmp_path, refused, reader) -> None:
         read(tmp_path)
 
 
-@pytest.mark.parametrize("reader", ["index", "manifest", "record", "results", "evaluation", "log"])
+@pytest.mark.parametrize(
+    "reader", ["index", "manifest", "record", "results", "evaluation", "scores", "log"]
+)
 def test_keys_given_twice(tmp_path, refused, reader) -> None:
     """In files of our own, of which one program might take the first and another the last."""
     name, read = READERS[reader]
@@ -85,6 +95,56 @@ def test_keys_given_twice(tmp_path, refused, reader) -> None:
     (tmp_path / name).write_text('{"format": 3, "schema": 1, "format": 4}')
     with refused(name.split("/")[-1], "key 'format' is given twice"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in (*BAD, "enormous") if kind != "empty"])
+def test_logs_that_records_are_made_of(tmp_path, refused, kind) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(BAD.get(kind, b""))
+    if kind == "enormous":
+        os.truncate(path, 1 << 40)
+    with refused(path, "line 1", "remove the run's folder", mb=8):
+        list(read_log(path))
+
+
+def test_long_logs_are_read_a_line_at_a_time(tmp_path) -> None:
+    """100 MB of lines, each as long as a line may nearly be."""
+    filler, path = "x" * 10**6, tmp_path / "metrics.jsonl"
+    score = {"kind": "validation", "step": 1, "tokens": 1, "flops_spent": 1, "loss": 2}
+    with open(path, "w") as file:
+        for step in range(100):
+            line = {"kind": "train", "step": step, "sparsity": 0.5, "filler": filler}
+            file.write(json.dumps(line) + "\n" + json.dumps({**score, "step": step}) + "\n")
+    log = Metrics(tmp_path, LoggingConfig(), "name", 100, True)
+    tracemalloc.start()
+    try:
+        assert read_run(tmp_path).losses == [2.0] * 100
+        assert sum(line["kind"] == "train" for line in read_log(path)) == 100
+        log.start(90)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        log.close()
+    assert peak < 16 << 20
+    assert [line["step"] for line in read_log(path)] == [step for s in range(91) for step in (s, s)]
+
+
+def test_of_a_log_without_measure_its_end_is_shown(tmp_path) -> None:
+    log = tmp_path / "log.txt"
+    log.touch()
+    os.truncate(log, 1 << 40)
+    with open(log, "ab") as file:
+        file.write(b"\nthe last\nwords\n")
+    assert tail(log).endswith("\nthe last\nwords")
+
+
+@pytest.mark.parametrize("kind", [*BAD, "enormous"])
+def test_a_stamp_that_is_none_is_made_again(tmp_path, kind) -> None:
+    path = tmp_path / "corpus.json"
+    path.write_bytes(BAD.get(kind, b""))
+    if kind == "enormous":
+        os.truncate(path, 1 << 40)
+    assert _read_stamp(path) == {}
 
 
 def test_a_grid_of_learning_rates(tmp_path, refused) -> None:

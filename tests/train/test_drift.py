@@ -1,11 +1,12 @@
 """Going on with another configuration: what is refused, by name, and what is free."""
 
 import copy
+import json
 
 import pytest
 
 from sparse_gpt.errors import UserError
-from sparse_gpt.train.drift import check_drift
+from sparse_gpt.train.drift import FREE, check_drift
 from sparse_gpt.train.manifest import FORMAT, write_manifest
 from tests.test_config import make
 
@@ -63,6 +64,8 @@ CHANGES = {
     "optimizer.lr": 1e-3,
     "optimizer.betas": [0.9, 0.99],
     "schedule.type": "wsd",
+    "deepspeed.communication_data_type": "bf16",
+    "evaluation.patience": 3,
 }
 
 
@@ -90,6 +93,14 @@ def test_a_change_is_named_with_both_values_and_can_be_allowed(saved, key):
         ("checkpoint.every", 3),
         ("logging.every", 1),
         ("deepspeed.zero_stage", 3),
+        ("deepspeed.offload_optimizer", "cpu"),
+        ("deepspeed.reduce_bucket_size", 1000),
+        ("deepspeed.allgather_bucket_size", 1000),
+        ("deepspeed.overlap_comm", False),
+        ("deepspeed.param_persistence_threshold", 0),
+        ("evaluation.every", 7),
+        ("evaluation.sequences", 7),
+        ("evaluation.final", True),
         ("micro_batch_size", 4),
         ("model.activation_checkpointing", True),
         ("model.loss_chunk", 512),
@@ -97,6 +108,27 @@ def test_a_change_is_named_with_both_values_and_can_be_allowed(saved, key):
 )
 def test_what_changes_no_number_is_free(saved, key, value):
     check_drift(saved, changed(key, value), ())
+
+
+@pytest.mark.parametrize("key", ["every", "sequences"])
+def test_validations_that_decide_where_a_run_ends_are_not_free(saved, key):
+    """With patience, in the saved configuration or now."""
+    patient, other = changed("evaluation.patience", 3), changed(f"evaluation.{key}", 7)
+    both = copy.deepcopy(patient)
+    both["config"]["evaluation"][key] = 7
+    with pytest.raises(UserError, match=rf"evaluation\.{key}: None -> 7"):
+        check_drift(saved, both, ("evaluation.patience",))
+    check_drift(saved, both, ("evaluation.patience", f"evaluation.{key}"))
+    write_manifest(saved, {**json.loads((saved / "manifest.json").read_text()), **patient})
+    for now, allowed in ((both, ()), (other, ("evaluation.patience",))):
+        with pytest.raises(UserError, match=rf"evaluation\.{key}: None -> 7"):
+            check_drift(saved, now, allowed)
+
+
+def test_every_key_of_deepspeed_is_known_to_be_free_or_not():
+    """A key that is added changes numbers until it is said not to."""
+    keys = {f"deepspeed.{key}" for key in CONFIG["deepspeed"]}
+    assert keys - set(FREE) == {"deepspeed.communication_data_type"}
 
 
 def test_every_changed_key_is_named_at_once(saved):

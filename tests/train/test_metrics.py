@@ -1,6 +1,7 @@
 """The log of a run: one clean curve, whatever was killed; rank 0 alone."""
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from sparse_gpt.config import LoggingConfig
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import LONGEST_LINE
 from sparse_gpt.train.metrics import Metrics
 
 
@@ -43,6 +45,68 @@ def test_a_half_written_line_is_dropped(tmp_path):
     write(tmp_path, [3], start=2)
     assert steps_in(tmp_path) == [1, 2, 3]
     assert not path.with_suffix(".tmp").exists()
+
+
+def test_what_no_line_can_be_is_dropped_without_reading_it_into_memory(tmp_path):
+    """Such as the hole of a power cut; the lines around it stay."""
+    write(tmp_path, range(1, 4))
+    path = tmp_path / "metrics.jsonl"
+    first, *others = path.read_bytes().splitlines(keepends=True)
+    hole = bytes(3 * LONGEST_LINE) + b"\n"
+    path.write_bytes(b"".join([first, hole, b'{"step": "\xff"}\n', *others]))
+    write(tmp_path, [4], start=3)
+    assert steps_in(tmp_path) == [1, 2, 3, 4]
+
+
+def test_a_log_that_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: it is no regular file; move it away"):
+        metrics(tmp_path).start(0)
+
+
+class Disk:
+    """A file on a disk that has room for so many bytes, and none for more."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = self.file.write(data[: self.room])
+        self.room -= taken
+        return taken
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("at", ["the next line", "the next save", "the end"])
+def test_lines_that_a_full_disk_did_not_take_come_once_there_is_room(tmp_path, capsys, at):
+    """Whole and in order, also where the first of them was taken in part."""
+    log = metrics(tmp_path)
+    log.start(0)
+    log.log("train", 1, {"loss": 1.0})
+    log._file = disk = Disk(log._file, room=20)
+    for step in (2, 3, 4):
+        log.log("train", step, {"loss": 1.0})
+    assert capsys.readouterr().out.count("its lines wait until the next save") == 1
+    with pytest.raises(OSError, match="No space left"):
+        log.sync()  # no checkpoint without them
+    written = (tmp_path / "metrics.jsonl").read_bytes()
+    assert written.count(b"\n") == 1 and not written.endswith(b"\n")
+    disk.room = 10**6
+    steps = [1, 2, 3, 4]
+    if at == "the next line":
+        log.log("train", 5, {"loss": 1.0})
+        steps.append(5)
+    elif at == "the next save":
+        log.sync()
+    else:
+        log.close()
+    assert steps_in(tmp_path) == steps
+    log.close()
+    assert steps_in(tmp_path) == steps
 
 
 def test_starting_anew_empties_the_log(tmp_path):

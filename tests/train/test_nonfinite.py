@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+from dataclasses import asdict
 from unittest.mock import patch
 
 import pytest
@@ -231,3 +232,22 @@ def test_a_state_of_an_earlier_version_is_read(tmp_path):
     for broken in ({**saved, "more": 1}, {k: v for k, v in saved.items() if k != "tokens"}):
         with pytest.raises(UserError, match="its state holds"):
             state.restore(broken, tmp_path)
+
+
+def spiking(corpus, out):
+    """A run whose losses were low so far, for a step of the usual loss."""
+    with trainer(run_config(corpus, out, stop_at=2)) as made:
+        made.state.recent_losses = [0.1, 0.11] * (LEAST // 2)
+        return asdict(made.fit())["recent_losses"]
+
+
+def test_a_run_logs_its_spikes_and_remembers_their_losses(corpus, tmp_path):
+    (recent,) = run_ranks(1, spiking, corpus, str(tmp_path / "run"))
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    losses = {r["step"]: r["loss"] for r in records if r["kind"] == "train"}
+    spikes = [r for r in records if r["kind"] == "spike"]
+    assert [(r["step"], r["loss"]) for r in spikes] == list(losses.items())
+    assert [r["step"] for r in spikes] == [1, 2]
+    assert all(0.1 <= r["median"] <= 0.11 and 0.1 < r["limit"] < 1 < r["loss"] for r in spikes)
+    assert recent == [0.1, 0.11] * (LEAST // 2) + list(losses.values())
