@@ -9,7 +9,7 @@
 # RESTARTS     starts after failures, at most so many an hour (0)
 #
 # SIGTERM, SIGINT, SIGUSR1 and SIGHUP end the run after its step, with a checkpoint and exit code 75; a
-# file STOP in the run folder with 76. Exit code otherwise: the launcher's, 2 for a user's error.
+# file STOP in the run folder, or a deadline that is an ISO time, with 76. Exit code otherwise: the launcher's, 2 for a user's error.
 set -euo pipefail
 
 : "${NODES:=${SLURM_NNODES:?NODES: how many nodes?}}"

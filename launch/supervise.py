@@ -14,7 +14,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__,
         epilog="A run resumes from its last checkpoint by itself. Exit codes 0, 2 (a user's "
-        "error), 75 (stopped) and 76 (by a STOP file) are final. SIGTERM, SIGINT, SIGUSR1 and "
+        "error), 75 (stopped) and 76 (stopped for good) are final. SIGTERM, SIGINT, SIGUSR1 and "
         "SIGHUP go on to every rank.",
     )
     restarts = Supervisor.restarts
@@ -25,9 +25,7 @@ def main() -> int:
         ("--grace", Supervisor.grace, "seconds for orphaned ranks"),
     ):
         parser.add_argument(option, type=float, default=default, help=text)
-    parser.add_argument(
-        "--restart-stopped", action="store_true", help="after exit code 75 too (a deadline)"
-    )
+    parser.add_argument("--restart-stopped", action="store_true", help="after exit code 75 too")
     parser.add_argument("command", nargs="+", help="after --: deepspeed launch/pretrain.py CONFIG")
     args = parser.parse_args()
     return Supervisor(

@@ -20,6 +20,7 @@ from sparse_gpt.errors import EXIT_STOPPED, FINAL, UserError
 from sparse_gpt.train.signals import BURST, Asked, heeded
 
 POLL_SECONDS = 0.2
+LOOK_SECONDS = 2.0  # between two looks for ranks, once there are some
 SECOND_REQUEST_SECONDS = 5.0  # for the ranks to end after a second request
 OTHERS_GRACE = 5.0  # for processes that are no ranks
 MAX_BACKOFF = 300.0
@@ -32,9 +33,9 @@ class Supervisor:
     """Starts `command`, and again after failures; one session of processes at a time.
 
     `restarts` of them at most in any `window` seconds, each after a pause that doubles from
-    `backoff` seconds. Exit codes 0, 2 (a user's error) and 76 (a STOP file) are final; 75 (stopped)
-    is unless `restart_stopped`. `grace`: seconds for ranks that outlive their launcher. All
-    children of this process are taken for its own.
+    `backoff` seconds. Exit codes 0, 2 (a user's error) and 76 (stopped for good) are final; 75
+    (stopped) is unless `restart_stopped`. `grace`: seconds for ranks that outlive their launcher.
+    All children of this process are taken for its own.
     """
 
     command: Sequence[str]
@@ -48,6 +49,8 @@ class Supervisor:
     _second: float = 0.0  # when the second one was seen
     _told: dict[int, list[float]] = field(default_factory=dict)  # when, by process
     _starts: list[float] = field(default_factory=list)
+    _seen: set[int] = field(default_factory=set)  # ranks of this start
+    _looked: float = 0.0
 
     def run(self) -> int:
         """The exit code of the last start; 75 where a signal came before the first rank did."""
@@ -96,8 +99,9 @@ class Supervisor:
             )
         except OSError as error:
             raise UserError(f"cannot start {self.command[0]}: {error.strerror}") from None
-        session, early = child.pid, False
+        session, early, self._seen = child.pid, False, set()
         while child.poll() is None:
+            self._look_for_ranks(session)
             if self.requests and not self._told and not early and not _ranks(session):
                 early = True  # nothing is trained yet
                 _send(_session(session), signal.SIGTERM)
@@ -146,21 +150,27 @@ class Supervisor:
                 _send(processes, signal.SIGKILL)
             self._heed(session, early)
             time.sleep(POLL_SECONDS)
-        return _orphan_failed() or lost
+        return self._orphan_failed() or lost
+
+    def _look_for_ranks(self, session: int) -> None:
+        """Remember them: of a process that has ended nothing tells that it was one."""
+        now = time.monotonic()
+        if not self._seen or now - self._looked > LOOK_SECONDS:
+            self._seen |= {rank.pid for rank in _ranks(session)}
+            self._looked = now
+
+    def _orphan_failed(self) -> bool:
+        """Whether a rank that the launcher left behind did not end with 0."""
+        failed = False
+        with contextlib.suppress(ChildProcessError):  # there is no other one
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                failed |= ended[0] in self._seen and ended[1] != 0
+        return failed
 
 
 def _die_with_parent() -> None:
     """In the child: a SIGTERM when the supervisor is killed. Its ranks see that and stop."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _orphan_failed() -> bool:
-    """Whether one of the processes that the launcher left behind did not end with 0."""
-    failed = False
-    with contextlib.suppress(ChildProcessError):  # there is no other one
-        while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            failed |= ended[1] != 0
-    return failed
 
 
 def _session(session: int) -> list[psutil.Process]:

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = """
 import atexit, os, sys
 import torch.distributed as dist
-from sparse_gpt.errors import Stopped, UserError, run_main
+from sparse_gpt.errors import InUse, Stopped, UserError, run_main
 dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
 atexit.register(os.abort)
 def main():
@@ -27,6 +27,8 @@ run_main(main)
         ("UserError('bad key')", 2, "error: bad key\n"),
         ("Stopped('asked')", 75, ""),
         ("Stopped('asked', 76)", 76, ""),
+        ("RuntimeError('a fault')", 1, "RuntimeError: a fault\n"),
+        ("InUse('taken')", 1, "error: taken\n"),
     ],
 )
 def test_the_exit_code_stays_while_ranks_are_joined(error, code, said):

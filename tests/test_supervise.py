@@ -54,9 +54,9 @@ SAVING_RANK = "import runpy; runpy.run_path('tests/saving_rank.py', run_name='__
 # Ends with 0 as `deepspeed` does when its child is killed; by then its rank has ended, too.
 LOST_LAUNCHER = """
 import os, subprocess, sys, time
-command = [sys.executable, "-c", f"import os, sys; {sys.argv[1]}"]
+command = [sys.executable, "-c", f"import os, sys, time; time.sleep(1); {sys.argv[1]}"]
 subprocess.Popen(command, env=os.environ | {"RANK": "0"})
-time.sleep(1)
+time.sleep(2.5)
 os._exit(0)
 """
 
@@ -269,6 +269,13 @@ def test_ranks_that_have_ended_with_their_launcher_tell_whether_it_went_well(end
     with supervised(LOST_LAUNCHER, end, options=["--restarts", "0"]) as process:
         pass
     assert process.returncode == code
+
+
+def test_what_is_no_rank_and_outlives_its_launcher_does_not_count():
+    """Trackers and compile workers are killed with the ranks whose children they are."""
+    with supervised(LOST_LAUNCHER.replace('"RANK"', '"NO_RANK"'), "sys.exit(1)") as process:
+        pass
+    assert process.returncode == 0
 
 
 def test_a_command_that_is_not_there_is_said():

@@ -157,7 +157,8 @@ class TimeoutsConfig(Section):
     """Seconds after which ranks that wait for another one end, and name it.
 
     `exchange`: a single exchange between ranks, and the start of all of them. `progress`: a
-    micro-step, an optimizer step with its topology update, or a batch of validation.
+    micro-step, an optimizer step with its topology update, a batch of validation, or a file of a
+    checkpoint.
     `silence`: a rank whose node gives no sign of life.
     """
 

@@ -39,7 +39,7 @@ SCRIPTS = {
 }
 STOPPED = {
     EXIT_STOPPED: ", stopped on request; start again to go on",
-    EXIT_STOPPED_FOR_GOOD: ", stopped for good; remove STOP from its folder and start again",
+    EXIT_STOPPED_FOR_GOOD: ", stopped by the file STOP in its folder, or its deadline",
 }
 RECORDS = {
     "pretrain": make_record,

@@ -23,9 +23,6 @@ from sparse_gpt.train.optim import optimizer_steps, set_optimizer_steps, steps_b
 from sparse_gpt.train.past_masks import load_past, past_masks
 from sparse_gpt.train.young_weights import YoungWeights
 
-# The tag of a save after non-finite steps: a run goes on from it, but a rollback goes back farther.
-UNSURE = "unsure"
-
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run, on every rank together."""
@@ -205,7 +202,10 @@ class Checkpointer:
         except (OSError, UserError) as problem:
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"step {step} was not saved: {problem}") from None
-        self.disk.retire(final, replaced, self.keep_last)
+        tag = final.name.split("-")[0]
+        self.disk.retire(
+            final, replaced, self.keep_last, superseded=files.UNSURE if tag == "step" else ""
+        )
 
     def newest(self, tag: str = "step") -> Path | None:
         """The newest published checkpoint (of a tag), as rank 0 sees it. A collective."""
@@ -219,12 +219,12 @@ class Checkpointer:
 
     def last(self) -> Path | None:
         """The checkpoint that a run goes on from. A collective."""
-        found = [path for path in (self.newest(), self.newest(UNSURE)) if path is not None]
+        found = [path for path in (self.newest(), self.newest(files.UNSURE)) if path is not None]
         return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
     def forget_unsure(self) -> None:
         """Remove what is not to be gone on from any more. A collective."""
-        self._on_first(lambda: self.disk.remove(UNSURE))
+        self._on_first(lambda: self.disk.remove(files.UNSURE))
 
     def load(self, path: Path) -> dict[str, Any]:
         """Restore weights, moments, topology and generators; returns the saved manifest.

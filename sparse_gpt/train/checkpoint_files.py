@@ -41,6 +41,8 @@ from sparse_gpt.topology.masks import SavedLayer
 from sparse_gpt.train.manifest import NAME, read_manifest
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+# The tag of a save after non-finite steps: a run goes on from it, but a rollback goes back farther.
+UNSURE = "unsure"
 
 
 def step_folder(step: int, tag: str = "step") -> str:

@@ -110,25 +110,30 @@ class CheckpointFolder:
             "start the run again"
         )
 
-    def retire(self, newest: Path, replaced: Path | None, keep_last: int) -> None:
+    def retire(
+        self, newest: Path, replaced: Path | None, keep_last: int, superseded: str = ""
+    ) -> None:
         """Once `newest` is published: remove what it replaced, and older ones of its tag.
 
-        A tag names one checkpoint, the one saved last; steps stay for `keep_last` of them.
+        A tag names one checkpoint, the one saved last; steps stay for `keep_last` of them. With it
+        go all of a tag that it has `superseded`.
         """
         tag = newest.name.split("-")[0]
         try:
-            others = [self.path / step_folder(step, tag) for step in list_steps(self.path, tag)]
+            others = self._all(tag)
+            stale = (others[:-keep_last] if tag == "step" else others) + self._all(superseded)
         except OSError as problem:
             self._warn(problem)
             return
-        stale = others[:-keep_last] if tag == "step" else others
         retired = [replaced] if replaced is not None else []
         self._remove([*retired, *(folder for folder in stale if folder != newest)])
 
+    def _all(self, tag: str) -> list[Path]:
+        return [self.path / step_folder(step, tag) for step in list_steps(self.path, tag)]
+
     def remove(self, tag: str) -> None:
         """Take their names from all checkpoints of a tag, or raise; then remove them."""
-        steps = list_steps(self.path, tag)
-        self._remove([self._aside(self.path / step_folder(step, tag)) for step in steps])
+        self._remove([self._aside(folder) for folder in self._all(tag)])
 
     def _put_back(self) -> None:
         for replaced in self.path.glob(f"*{REPLACED}"):

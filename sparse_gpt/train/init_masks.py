@@ -26,6 +26,7 @@ from sparse_gpt.topology.masks import LayerMask
 from sparse_gpt.topology.shards import Shards
 from sparse_gpt.train.build import structure_of
 from sparse_gpt.train.checkpoint_files import (
+    UNSURE,
     CheckpointReader,
     list_steps,
     open_checkpoint,
@@ -233,10 +234,11 @@ def saved_counts(folder: Path, units: dict[str, int]) -> dict[str, int] | None:
     """
 
     def read() -> dict[str, int] | None:
-        steps = list_steps(folder)
-        if not steps:
+        tags = ("step", UNSURE)
+        found = [(step, tag) for tag in tags for step in list_steps(folder, tag)]
+        if not found:
             return None
-        saved = CheckpointReader(folder / step_folder(steps[-1])).manifest["layers"]
+        saved = CheckpointReader(folder / step_folder(*max(found))).manifest["layers"]
         return {name: saved.get(name, {}).get("target") or n for name, n in units.items()}
 
     return on_first_rank(read, f"checkpoint folder {folder}")

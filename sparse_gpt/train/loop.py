@@ -20,13 +20,14 @@ from sparse_gpt.data.loader import (
     common_vocabulary,
 )
 from sparse_gpt.data.order import derive_key
-from sparse_gpt.errors import Stopped, UserError
+from sparse_gpt.errors import EXIT_STOPPED, InUse, Stopped, UserError
 from sparse_gpt.model.flops import FlopsLedger
 from sparse_gpt.sparse_units import solve
 from sparse_gpt.topology.interfaces import UpdateReport
 from sparse_gpt.train import build, unfreezing
 from sparse_gpt.train.assemble import assemble
-from sparse_gpt.train.checkpoint import UNSURE, Checkpointer
+from sparse_gpt.train.checkpoint import Checkpointer
+from sparse_gpt.train.checkpoint_files import UNSURE
 from sparse_gpt.train.drift import check_drift, conversion
 from sparse_gpt.train.dry_run import dry_run
 from sparse_gpt.train.engine import free_engine, init_ranks, resolve_precision
@@ -38,7 +39,7 @@ from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.nonfinite import describe_bad_step
 from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.records import first_topology_record, step_record, update_record
-from sparse_gpt.train.run_folder import RunFolder
+from sparse_gpt.train.run_folder import WAIT_SECONDS, RunFolder
 from sparse_gpt.train.signals import StopRequests, code_of, deadline_of, describe
 from sparse_gpt.train.spikes import spike_record
 from sparse_gpt.train.state import TrainState
@@ -62,8 +63,10 @@ class Trainer:
         self.total_steps = config.total_steps(self.world_size)
         self.warmup_steps = config.warmup_steps(self.world_size)
         self.run_dir = config.run_dir
-        self.folder = RunFolder(config.run_dir)
-        on_first_rank(self.folder.claim, "output_dir")
+        # While rank 0 waits for the folder the others wait in an exchange.
+        self.folder = RunFolder(config.run_dir, min(WAIT_SECONDS, config.timeouts.exchange / 2))
+        if in_use := on_first_rank(self.folder.claim, "output_dir"):
+            raise InUse(f"output_dir: {in_use}")
         self.data = build.open_sources(config.data)
         self.vocab_size, self.eos_id = common_vocabulary([data for data, _ in self.data])
         self.solution = solve(config, self.vocab_size)
@@ -272,9 +275,9 @@ class Trainer:
         step = self.state.step
         code = code_of(stops, self.config.checkpoint.deadline)
         self.stop_requests.end(code)
+        again = "; start it again to go on" if code == EXIT_STOPPED else ""
         self.metrics.say(
-            f"stopped    step {step}  asked by {describe(stops, self.world_size)}; start it again "
-            "to go on"
+            f"stopped    step {step}  asked by {describe(stops, self.world_size)}{again}"
         )
         raise Stopped(f"asked to stop after step {step}", code)
 
@@ -414,8 +417,6 @@ class Trainer:
         self.watch.mark()
         on_first_rank(self.metrics.sync, "the log of the run")
         path = self.checkpointer.save(self.state.step, asdict(self.state), tag)
-        if tag is None:
-            self.checkpointer.forget_unsure()
         self.watch.rest()
         self.metrics.say(f"saved      step {self.state.step}  {path}")
         return path

@@ -44,6 +44,18 @@ FORMATS = {
 }
 
 
+class _Console(Console):
+    """Plain lines on stdout. Where who read them has gone, it says nothing more and ends no run."""
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, soft_wrap=True)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        with contextlib.suppress(OSError):  # nor does the end of the process say anything
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Metrics:
     """The log of one run, on rank 0; elsewhere every call does nothing."""
 
@@ -61,7 +73,7 @@ class Metrics:
         self._run_dir, self._config, self._name = run_dir, config, name
         self._wandb: Any = None
         self._board: Board | None = None
-        self.console = Console(stderr=False, highlight=False, soft_wrap=True)
+        self.console = _Console()
 
     def start(self, step: int) -> None:
         """Open the log after `step` steps; later lines of an earlier, ended session are dropped."""
@@ -124,9 +136,11 @@ class Metrics:
     def say(self, message: str) -> None:
         """One plain line."""
         if self.active:
-            with contextlib.suppress(OSError):  # a full disk, or whoever read it is gone
+            try:
                 self.console.print(message, markup=False)
                 sys.stdout.flush()
+            except OSError:  # a full disk, or the terminal is gone
+                self.console = _Console()  # the old one kept the line, and would try it again
 
     def advance(self, step: int) -> None:
         """Move the bar, where there is one."""

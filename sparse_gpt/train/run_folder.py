@@ -14,12 +14,11 @@ from pathlib import Path
 
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.durable import make_folder
-from sparse_gpt.errors import UserError
 from sparse_gpt.json_file import read_object
 from sparse_gpt.train.provenance import write_provenance
 
 LOCK = ".lock"
-WAIT_SECONDS = 60.0  # for the ranks of a start before, which are saving
+WAIT_SECONDS = 120.0  # for ranks of a start before that are saving, or a dead node's lease on NFS
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
 
@@ -34,19 +33,20 @@ class RunFolder:
         self.path, self.wait = path, wait
         self._lock = None
 
-    def claim(self) -> None:
-        """Make the folder, and lock it. `UserError` where another run does not leave it."""
+    def claim(self) -> str:
+        """Make the folder, and lock it; what to say where another run does not leave it, or ""."""
         make_folder(self.path)
         probe = self.path / ".probe"
         probe.touch()
         probe.unlink()
-        self._lock = open(self.path / LOCK, "a+b")  # noqa: SIM115
+        # Unbuffered: what a full disk does not take must not come up again in `release`.
+        self._lock = open(self.path / LOCK, "ab", buffering=0)  # noqa: SIM115
         deadline, said = time.monotonic() + self.wait, False
         while not self._locked():
             holder = self._holder()
             if time.monotonic() > deadline:
                 self.release()
-                raise UserError(
+                return (
                     f"{self.path} is in use by {holder}: two runs cannot share a folder; end that "
                     "one, wait for its end, or choose another output_dir or name"
                 )
@@ -59,7 +59,7 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a full disk is named by what needs it
             self._lock.truncate(0)
             self._lock.write(json.dumps(holder).encode())
-            self._lock.flush()
+        return ""
 
     def _locked(self) -> bool:
         assert self._lock is not None

@@ -2,7 +2,7 @@
 
 A request is a flag. The ranks exchange their flags with the numbers of every step, so that all
 stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.Stopped`), or 76
-while there is a STOP file.
+where the next start would be stopped, too.
 Imports neither torch nor deepspeed: an entry point listens before they load.
 """
 

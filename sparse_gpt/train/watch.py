@@ -68,7 +68,10 @@ class Watch:
         self._depth += 1
         if self._depth > 1:
             return self
-        self._main = threading.get_ident()
+        self._main, self._looked = threading.get_ident(), time.monotonic()
+        self._finding = self._verdict = ""
+        self._found.clear()
+        self._done.clear()
         if self.world_size == 1:
             self._nodes: list[Any] = [(socket.gethostname(),)]
             self._start(self._look_at_itself)
@@ -163,6 +166,7 @@ class Watch:
         count = 0
         while not self._done.wait(BEAT_SECONDS):
             count += 1
+            self._allow_for_stops()
             try:
                 self._store.set(f"sign/{self.rank}", json.dumps({"count": count, **self._sign()}))
                 if self._finding:
@@ -179,6 +183,13 @@ class Watch:
                     )
                 return
             self._answered = time.monotonic()
+
+    def _allow_for_stops(self) -> None:
+        """While this process was stopped (Ctrl-Z, a suspended job), its main thread was, too."""
+        now = time.monotonic()
+        if now - self._looked > OWN_DELAY:
+            self._since += now - self._looked
+        self._looked = now
 
     def _sign(self) -> dict[str, Any]:
         idle = time.monotonic() - self._since
@@ -199,6 +210,7 @@ class Watch:
 
     def _look_at_itself(self) -> None:
         while not self._done.wait(BEAT_SECONDS):
+            self._allow_for_stops()
             if found := self._stuck({0: self._sign()}):
                 self._settle(found)
                 self._end()

@@ -211,7 +211,7 @@ def test_runs_die_with_a_killed_runner(tmp_path):
     assert len(gone) == 2 and not alive
 
 
-@pytest.mark.parametrize(("code", "how"), [(75, "; start again"), (76, "remove it and start")])
+@pytest.mark.parametrize(("code", "how"), [(75, "; start again"), (76, "by the file STOP")])
 def test_a_run_that_was_stopped_says_how_it_goes_on(tmp_path, monkeypatch, start, code, how):
     script = tmp_path / "stopped.py"
     script.write_text(f"raise SystemExit({code})")

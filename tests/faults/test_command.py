@@ -68,7 +68,7 @@ def test_the_real_command_killed_in_saves_again_and_again(corpus, tmp_path, undi
         rank = generator.randrange(RANKS)
         number = generator.randint(1, CERTAIN[rank > 0])
         result = run_with(tmp_path, config, f"kill:{rank}:{number}")
-        assert result.returncode not in (0, 2, 75), result.stdout
+        assert result.returncode not in (0, 2, 75, 76), result.stdout
         tally.add("kills in a save of the real command")
         if "step 24/" in result.stdout:
             break

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from sparse_gpt.config import LoggingConfig
 from sparse_gpt.errors import UserError
 from sparse_gpt.json_file import LONGEST_LINE
 from sparse_gpt.train.metrics import Metrics
+from tests.ranks import ROOT
 
 
 def metrics(folder, active=True, **config):
@@ -158,6 +160,36 @@ def test_a_terminal_that_is_lost_stops_no_log(tmp_path, monkeypatch):
     with contextlib.suppress(OSError):
         screen.close()
     assert steps_in(tmp_path) == [1]
+
+
+LOGGING = """
+import sys, time
+from pathlib import Path
+from sparse_gpt.config import LoggingConfig
+from sparse_gpt.train.metrics import Metrics
+metrics = Metrics(Path(sys.argv[1]), LoggingConfig(), "run", 3, True)
+metrics.start(0)
+metrics.say("begun")
+sys.stdin.readline()
+for step in (1, 2, 3):
+    metrics.log("train", step, {"loss": 1.0})
+print("more")
+metrics.close()
+"""
+
+
+def test_a_reader_that_is_gone_stops_no_log(tmp_path):
+    """As after Ctrl-C in `deepspeed ... | tee`: the log goes on, and so does the run."""
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", LOGGING, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.stdout.close()
+        process.stdin.write("go on\n")
+        process.stdin.flush()
+        assert process.wait(60) == 0
+        assert process.stderr.read() == ""
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
 
 
 def test_wandb_that_is_not_installed_is_named(tmp_path, monkeypatch):

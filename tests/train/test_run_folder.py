@@ -9,12 +9,12 @@ import sys
 import time
 from contextlib import contextmanager
 
-import pytest
-
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import EXIT_FAILED, InUse
 from sparse_gpt.train import run_folder
 from sparse_gpt.train.run_folder import RunFolder
-from tests.ranks import ROOT
+from tests.contracts.runs import run_config, trainer
+from tests.ranks import ROOT, run_ranks
+from tests.tiny import write_corpus
 
 # Claims a folder, says so, and keeps it until a line is read; with `fork` a child outlives it.
 HOLDER = """
@@ -50,11 +50,10 @@ def held(folder, *words):
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused_by_its_name(tmp_path, capfd):
     run = tmp_path / "run"
     with held(run) as process:
-        with pytest.raises(UserError, match=rf"{run} is in use by process {process.pid} on "):
-            RunFolder(run, wait=0.5).claim()
+        said = RunFolder(run, wait=0.5).claim()
+        assert said.startswith(f"{run} is in use by process {process.pid} on ")
         assert capfd.readouterr().err.count(f"waiting for process {process.pid} on ") == 1
-        with pytest.raises(UserError, match="two runs cannot share a folder"):
-            RunFolder(run, wait=0.0).claim()
+        assert "two runs cannot share a folder" in RunFolder(run, wait=0.0).claim()
 
 
 def test_a_second_run_waits_for_one_that_is_ending(tmp_path):
@@ -63,7 +62,7 @@ def test_a_second_run_waits_for_one_that_is_ending(tmp_path):
         process.stdin.flush()
         began = time.monotonic()
         folder = RunFolder(tmp_path)
-        folder.claim()
+        assert folder.claim() == ""
         assert 0.3 < time.monotonic() - began < 30
     assert json.loads((tmp_path / ".lock").read_bytes())["pid"] == os.getpid()
     folder.release()
@@ -74,8 +73,35 @@ def test_what_a_killed_run_forked_off_does_not_keep_the_folder(tmp_path):
         process.kill()
         process.wait()
         folder = RunFolder(tmp_path, wait=5.0)
-        folder.claim()
+        assert folder.claim() == ""
         folder.release()
+
+
+def second_run(corpus, out):
+    config = run_config(corpus, out, timeouts__exchange=1.0, timeouts__progress=0.9)
+    try:
+        with trainer(config):
+            return ""
+    except InUse as error:
+        return f"{error.code} {error}"
+
+
+def test_every_rank_of_a_second_run_says_so_and_the_same_start_may_succeed_later(tmp_path):
+    corpus, run = str(write_corpus(tmp_path / "tiny", documents=40)), tmp_path / "run"
+    with held(run) as process:
+        said = run_ranks(2, second_run, corpus, str(run))
+    assert said[0] == said[1]
+    assert said[0].startswith(f"{EXIT_FAILED} output_dir: {run} is in use by process {process.pid}")
+
+
+def test_a_full_disk_does_not_come_up_again_at_the_end(tmp_path):
+    """The holder's name finds no room: whoever needs room says so."""
+    script = HOLDER.replace("folder = RunFolder", "import resource, signal\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\nfolder = RunFolder")  # fmt: skip
+    command = [sys.executable, "-c", script, str(ROOT), str(tmp_path)]
+    ended = subprocess.run(command, input="end\n", capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "claimed\n", "")
 
 
 def test_what_was_released_can_be_claimed_by_another(tmp_path):

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -10,7 +12,7 @@ import pytest
 
 from sparse_gpt.config import TimeoutsConfig
 from sparse_gpt.errors import UserError
-from tests.ranks import RankError, run_ranks
+from tests.ranks import ROOT, RankError, run_ranks
 from tests.tiny import write_corpus
 
 HOST = socket.gethostname()
@@ -99,6 +101,31 @@ def test_a_rank_alone_that_hangs_says_where(monkeypatch):
         f"error: step 3 has made no headway for 2 s (timeouts.progress): rank 0 on {HOST}" in said
     )
     assert "stay_here" in said and "others" not in said
+
+
+ALONE = """
+import sys, time
+import torch.distributed as dist
+from sparse_gpt.config import TimeoutsConfig
+from sparse_gpt.train import watch
+watch.BEAT_SECONDS, watch.GRACE_SECONDS = 0.2, 0.5
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+with watch.Watch(TimeoutsConfig(progress=4.0)) as watching:
+    watching.mark()
+    print("ready", flush=True)
+    time.sleep(1.5)
+    watching.mark()
+"""
+
+
+def test_a_run_that_was_suspended_is_not_taken_for_one_that_hangs():
+    command = [sys.executable, "-c", ALONE]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(7)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0
 
 
 def busy_while_the_others_wait(progress):
