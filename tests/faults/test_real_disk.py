@@ -108,6 +108,7 @@ def read_only(corpus, disk):
     folder = Path(disk) / "run/checkpoints"
     with trainer(start(corpus, f"{disk}/run")) as made:
         made.fit()
+        made.folder.release()  # nothing is remounted that a file is open on for writing
         dist.barrier()
         if dist.get_rank() == 0:
             assert mount("-o", "remount,ro", disk).returncode == 0
