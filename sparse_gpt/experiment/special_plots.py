@@ -187,7 +187,7 @@ def shapes(chosen: Sequence[Arm], known: Speeds) -> Figure:
     right.axvline(1, color=colour(styles([""])[""]), lw=0.9)
     most = max([ratio for arm in chosen for ratio in known.of(arm).values()], default=1)
     right.set_xlim(0, most * 1.15)
-    right.set_xlabel("time over dense (CPU, layers of equal FLOPs)")
+    right.set_xlabel("time over dense, equal FLOPs")
     for dtype, shade in hues.items():
         right.barh([0], [0], color=shade, label=dtype)
     right.legend(fontsize="x-small", loc="lower right")
