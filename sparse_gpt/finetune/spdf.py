@@ -16,7 +16,7 @@ from sparse_gpt.finetune.tune import tune
 from sparse_gpt.topology.masks import unfinished
 from sparse_gpt.train.build import WeightSource
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
-from sparse_gpt.train.every_rank import on_every_rank
+from sparse_gpt.train.every_rank import on_every_rank, read_first
 from sparse_gpt.train.first_rank import on_first_rank
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,14 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
 
     Raises `UserError` for bad input, and for `mode: sparse` from weights without masks.
     """
-    tree = read_tree(config_path, list(overrides))
-    config = validate(FinetuneConfig, tree, str(config_path))
+
+    def read_config() -> FinetuneConfig:
+        return validate(FinetuneConfig, read_tree(config_path, list(overrides)), str(config_path))
+
+    read = read_first(read_config)
     init_ranks()
     log_on_first_rank()
+    config = read.on_every_rank(str(config_path))
     opened: list[WeightSource] = []
     on_every_rank(lambda: opened.append(open_source(config.checkpoint)), "checkpoint")
     source, run_dir = opened[0], config.run_dir

@@ -1,6 +1,7 @@
 """Small pretraining and fine-tuning runs in one rank, watched from inside."""
 
 import json
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -116,5 +117,8 @@ def _config(corpus: str, out: str, checkpoint: str) -> Path:
         "schedule": {"type": "constant", "warmup_steps": 0},
         "logging": {"every": 1},
     }
-    path.write_text(json.dumps(tree))  # JSON is YAML
+    # Every rank writes it: none may read what another one has half written.
+    temporary = Path(f"{path}.{os.getpid()}")
+    temporary.write_text(json.dumps(tree))  # JSON is YAML
+    temporary.replace(path)
     return path
