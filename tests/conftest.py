@@ -6,6 +6,7 @@ skipped, and counted at the end, where that data is absent.
 """
 
 import os
+import signal
 
 # Before anything imports torch or deepspeed.
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -27,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS_DATA = "needs SPARSE_GPT_DATA"
 
 refuse_network()
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    # Under nohup tests still outlive a terminal, but what they start begins as if without it.
+    signal.signal(signal.SIGHUP, lambda number, frame: None)
 _leftovers = Leftovers()
 
 
