@@ -107,6 +107,7 @@ def gap(corpus, out):
             save(step, asdict(made.state))
         dist.barrier()
         before = open_checkpoint(folder / "step-00000008").files
+        dist.barrier()
         if dist.get_rank() == 0:
             shutil.copytree(folder / "step-00000004", folder / "step-00000008.tmp")
             (folder / "step-00000008").rename(folder / "step-00000008.replaced.tmp")
