@@ -138,7 +138,7 @@ class Supervisor:
     def _wait_for_the_rest(self, session: int, early: bool) -> bool:
         """Until nothing of the session is alive, at most `grace`; what is left then is killed.
 
-        Whether the launcher left ranks, or anything that was killed or failed.
+        Whether the launcher left ranks, or a rank failed, or anything had to be killed.
         """
         began, lost = time.monotonic(), False
         grace = 0.0 if early else self.grace

@@ -210,6 +210,7 @@ class Trainer:
                 if state.finished or any(stops):
                     break
                 every = config.checkpoint.every
+                # What a rollback goes back to: never in the middle of bad steps.
                 if every and step % every == 0 and not state.bad_steps:
                     with self.throughput.paused():
                         self.save()
