@@ -56,7 +56,7 @@ def shape(record: Record) -> str | None:
 
 
 def speeds(path: Path = SPEEDS) -> Speeds:
-    """Of GPT-3 Small's MLP by the native kernels on one thread; of nothing without a file.
+    """GPT-3 Small's first MLP layer by the native kernels on one thread; none without a file.
 
     Raises `UserError` for a file that is no benchmark of sparse layers.
     """
@@ -104,9 +104,9 @@ def shape_table(results: Results, path: Path = SPEEDS) -> Table | None:
             ]
         )
     notes = [
-        "Time: forward, dX and dW of GPT-3 Small's MLP over the fastest dense layer of equal FLOPs "
-        f"and dtype (docs/benchmarks/sparse_linear.json; {known.where}); - where it was not "
-        "measured."
+        "Time: forward, dX and dW of GPT-3 Small's first MLP layer over the fastest dense one of "
+        f"equal FLOPs and dtype (docs/benchmarks/sparse_linear.json; {known.where}); - where it "
+        "was not measured."
         if known.where
         else "No benchmark of sparse layers was found: no times."
     ]

@@ -98,7 +98,9 @@ def arm_tables(results: Results, found: Sequence[Comparison]) -> list[Table]:
         for arm in arms(results, stage):
             by_group.setdefault(arm.group, []).append(arm)
         for group in sorted(by_group, key=lambda group: (group != MAIN, group)):
-            compared = any(c.arm.group == group and c.arm.stage == stage for c in found)
+            compared = any(
+                group in (c.arm.group, c.against.group) and c.arm.stage == stage for c in found
+            )
             name = title if group == MAIN else f"{title}, group {group}"
             name += "" if compared or group == MAIN else " (not compared)"
             tables.append(_arm_table(results, by_group[group], found, name))

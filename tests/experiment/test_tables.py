@@ -76,6 +76,15 @@ def test_other_groups_stand_apart_and_are_not_compared(tmp_path):
     assert columns(apart, "arm", "seeds") == [("lr 1e-2", "1 (1)")]
 
 
+def test_a_group_that_others_are_compared_with_is_not_called_uncompared(tmp_path):
+    records = [synthetic.record("dense", seed, 4.0 + seed / 10) for seed in (1, 2, 3)]
+    records += [synthetic.record("wide75", seed, 3.8 + seed / 11) for seed in (1, 2, 3)]
+    records += [synthetic.record("more", seed, 3.9, group="control") for seed in (1, 2, 3)]
+    about = {"title": "x", "baseline": "dense", "compare": [["wide75", "more"]]}
+    results = read(synthetic.write(tmp_path / "x", records, about=about))
+    assert arm_tables(results, comparisons(results))[1].title == "Arms, group control"
+
+
 def test_published_flops_are_those_of_the_ledger():
     """FACTS: F of Table 17 to its printed digits, and its totals over 4,460 x 512 sequences."""
     for row in published.END_TO_END:
