@@ -195,7 +195,7 @@ def _tuning_cells(arm: Arm) -> list[Cell]:
     known = sorted(number for number in epochs if number is not None)
     return [
         Cell(", ".join(f"{rate:g}" for rate in rates) or "-", rates[0] if rates else None),
-        Cell(", ".join(f"{number:g}" for number in known) or "-", known[0] if known else None),
+        Cell(", ".join(f"{number:.3g}" for number in known) or "-", known[0] if known else None),
     ]
 
 
