@@ -41,7 +41,7 @@ def configure(folder: Path, corpus: Path, steps: int, every: int) -> Path:
         sparsity={"sparsity": 0.75, "algorithm": "rigl", "update": {"freq": 10}},
         checkpoint={"every": every},
         evaluation={"every": 5 * every, "sequences": 8},
-        timeouts={"silence": 10.0},
+        timeouts={"silence": 10.0, "progress": 20.0},
     )
 
 

@@ -5,8 +5,8 @@
 Each save looks for FILE first. It holds WHAT:RANK:OPERATION[:SAVE], and is removed when that is
 met, in the first save that has as many operations:
 
-WHAT       kill (SIGKILL; every second one in the middle of the operation), full, read-only or
-           gone (the folder of the checkpoints is moved away)
+WHAT       kill (SIGKILL; every second one in the middle of the operation), hang, full, read-only
+           or gone (the folder of the checkpoints is moved away)
 RANK       the one that meets it
 OPERATION  which operation on files of a save, from 1; `refusals.CERTAIN` are in each
 SAVE       which save of this start, from 1; any where it is left out
@@ -16,6 +16,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def meet(what: str, number: int, folder: Path, place: Path, operation: Operation
     if what == "gone":
         os.rename(folder, folder.with_name("away"))
         return
+    while what == "hang":
+        time.sleep(3600)
     if operation.number % 2:
         operation.tear()
     if what == "kill":

@@ -18,6 +18,7 @@ from tests.crash.runs import RANKS, SCRIPT
 from tests.launcher import Launch, run_deepspeed
 
 END_SECONDS = 180.0
+ASK = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)  # for a stop
 NOT_LOST = (0, EXIT_USER_ERROR, EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD)
 
 
@@ -108,14 +109,21 @@ def kill_launcher(run: Run) -> str:
     return f"{code}, saved at step {list_steps(run.checkpoints)[-1]}"
 
 
-def term_one(run: Run) -> str:
-    run.send([run.one()], signal.SIGTERM)
-    return run.end((EXIT_STOPPED,), "asked by SIGTERM (1 of 2 ranks)")
+def choose_signal(run: Run) -> signal.Signals:
+    """One that the run hears: under nohup, a SIGHUP is ignored."""
+    return run.generator.choice([n for n in ASK if signal.getsignal(n) is not signal.SIG_IGN])
 
 
-def term_all(run: Run) -> str:
-    run.send(run.ranks(), signal.SIGTERM)
-    return run.end((EXIT_STOPPED,), "asked by SIGTERM")
+def signal_one(run: Run) -> str:
+    number = choose_signal(run)
+    run.send([run.one()], number)
+    return f"{number.name}, {run.end((EXIT_STOPPED,), f'asked by {number.name} (1 of 2 ranks)')}"
+
+
+def signal_all(run: Run) -> str:
+    number = choose_signal(run)
+    run.send(run.ranks(), number)
+    return f"{number.name}, {run.end((EXIT_STOPPED,), f'asked by {number.name}')}"
 
 
 def stop_file(run: Run) -> str:
@@ -152,42 +160,74 @@ def kill_in_save(run: Run) -> str:
     return in_save(run, "kill", None)
 
 
-def full_disk_in_save(run: Run) -> str:
-    return in_save(run, "full", (EXIT_USER_ERROR,), f"checkpoint folder {run.checkpoints}")
+def hang_in_save(run: Run) -> str:
+    return in_save(run, "hang", None, "has made no headway")
 
 
-def flipped_bit(run: Run) -> str:
-    """In the newest checkpoint: refused by name, and moved away as the message advises."""
+def disk_in_save(run: Run) -> str:
+    """Full, read-only, or gone, which it then is not any more."""
+    what, away = run.generator.choice(["full", "read-only", "gone"]), run.folder / "away"
+    try:
+        said = in_save(run, what, (EXIT_USER_ERROR,), f"checkpoint folder {run.checkpoints}")
+    finally:
+        if away.exists():
+            away.rename(run.checkpoints)
+    return said
+
+
+def damage(run: Run) -> str:
+    """To a file of the newest checkpoint: refused by name, and moved away as the message advises.
+
+    A flipped bit, bytes that are missing, the whole file missing, or that of an older checkpoint.
+    """
     run.send(run.ranks(), signal.SIGKILL)
     run.end(None)
-    if not list_steps(run.checkpoints):
+    steps = list_steps(run.checkpoints)
+    if not steps:
         return "there was no checkpoint yet"
-    newest = run.checkpoints / step_folder(list_steps(run.checkpoints)[-1])
-    victim = run.generator.choice(sorted(newest.iterdir()))
-    good = victim.read_bytes()
-    bad = good
-    while bad.lower() == good.lower():  # 1e-05 as 1E-05 in the manifest is no damage
-        changed = bytearray(good)
-        changed[run.generator.randrange(len(good))] ^= 1 << run.generator.randrange(8)
-        bad = bytes(changed)
-    victim.write_bytes(bad)
+    newest = run.checkpoints / step_folder(steps[-1])
+    tensors = sorted(path for path in newest.iterdir() if path.suffix != ".json")
+    kind = run.generator.choice(["flipped bit", "cut short", "missing", "of an older step"])
+    if kind == "flipped bit":
+        victim = run.generator.choice(sorted(newest.iterdir()))
+        victim.write_bytes(flipped(victim.read_bytes(), run.generator))
+    else:
+        victim = run.generator.choice(tensors)
+        older = run.checkpoints / step_folder(steps[0]) / victim.name
+        if kind == "of an older step" and older.read_bytes() != victim.read_bytes():
+            shutil.copyfile(older, victim)
+        elif kind == "missing":
+            victim.unlink()
+        else:
+            kind = "cut short"
+            os.truncate(victim, run.generator.randrange(victim.stat().st_size))
     result = run_deepspeed(SCRIPT, [run.config], RANKS)
     said = [line for line in result.stdout.splitlines() if "error: " in line]
     if result.returncode != EXIT_USER_ERROR or not said or victim.name not in said[0]:
-        raise Surprise(f"{victim} was not refused, code {result.returncode}: {said}")
+        raise Surprise(f"{victim}, {kind}, was not refused, code {result.returncode}: {said}")
     shutil.rmtree(newest)
-    return f"{newest.name}/{victim.name} was refused, exit code {result.returncode}"
+    return f"{newest.name}/{victim.name}, {kind}: refused, exit code {result.returncode}"
+
+
+def flipped(good: bytes, generator: random.Random) -> bytes:
+    bad = good
+    while bad.lower() == good.lower():  # 1e-05 as 1E-05 in the manifest is no damage
+        changed = bytearray(good)
+        changed[generator.randrange(len(good))] ^= 1 << generator.randrange(8)
+        bad = bytes(changed)
+    return bad
 
 
 FAULTS: dict[str, Callable[[Run], str]] = {
     "kill -9 of one rank": kill_one,
     "kill -9 of all ranks": kill_all,
     "kill -9 of the launcher": kill_launcher,
-    "SIGTERM to one rank": term_one,
-    "SIGTERM to all ranks": term_all,
+    "signal to one rank": signal_one,
+    "signal to all ranks": signal_all,
     "STOP file": stop_file,
     "frozen rank": freeze,
     "kill -9 in a save": kill_in_save,
-    "full disk in a save": full_disk_in_save,
-    "flipped bit": flipped_bit,
+    "hang in a save": hang_in_save,
+    "disk full, read-only or gone in a save": disk_in_save,
+    "damaged checkpoint": damage,
 }
