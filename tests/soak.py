@@ -50,7 +50,8 @@ def measure_pace(folder: Path, corpus: Path) -> float:
     config = configure(folder, corpus, PROBE_STEPS, PROBE_STEPS)
     with start_deepspeed(SCRIPT, [config], RANKS) as launch:
         launch.wait_for_output("train      step 20/")
-        run, began = Run(folder / "run", launch, random.Random(0)), time.monotonic()
+        run = Run(folder / "run", launch, random.Random(0), PROBE_STEPS)
+        began = time.monotonic()
         first = run.last_step()
         time.sleep(PROBE_SECONDS)
         return (run.last_step() - first) / (time.monotonic() - began)
@@ -59,8 +60,10 @@ def measure_pace(folder: Path, corpus: Path) -> float:
 class Soak:
     """The disturbed run: its starts, its faults, and what went otherwise than it should."""
 
-    def __init__(self, folder: Path, config: Path, seed: int, seconds: float, interval: float):
-        self.folder, self.config = folder, config
+    def __init__(
+        self, folder: Path, config: Path, steps: int, seed: int, seconds: float, interval: float
+    ):
+        self.folder, self.config, self.steps = folder, config, steps
         self.generator = random.Random(seed)
         self.seconds, self.interval = seconds, interval
         self.began = time.monotonic()
@@ -77,15 +80,13 @@ class Soak:
             environment = {"SAVE_FAULT": str(self.folder / "fault")}
             script = "tests/faults/driver.py"
             with start_deepspeed(script, [self.config], RANKS, environment) as launch:
-                run = Run(self.folder / "run", launch, self.generator)
+                run = Run(self.folder / "run", launch, self.generator, self.steps)
                 if run.wait_until(due if self._time_is_left() else None):
                     if launch.process.returncode == 0:
                         return
                     self._surprised("without a fault", launch)
                     continue
                 self._inject(self._next_kind(), run)
-                if launch.process.returncode == 0:  # its last step came before the fault
-                    return
             due = time.monotonic() + self._pause()
 
     def _time_is_left(self) -> bool:
@@ -150,7 +151,8 @@ def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     print(f"{pace:.1f} steps/s, {steps} steps, a save every {every}", flush=True)
     disturbed = work / "disturbed"
     config = configure(disturbed, corpus, steps, every)
-    made = Soak(disturbed, config, arguments.seed, 60 * arguments.minutes, arguments.interval)
+    seconds = 60 * arguments.minutes
+    made = Soak(disturbed, config, steps, arguments.seed, seconds, arguments.interval)
     made.run()
     minutes = (time.monotonic() - made.began) / 60
     print(f"{minutes:6.1f} min  ended; now the undisturbed run", flush=True)

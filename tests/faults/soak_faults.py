@@ -27,10 +27,10 @@ class Surprise(Exception):
 
 
 class Run:
-    """A run that is going on: its folder and its command."""
+    """A run that is going on: its folder, its command and the number of its steps."""
 
-    def __init__(self, folder: Path, launch: Launch, generator: random.Random):
-        self.folder, self.launch, self.generator = folder, launch, generator
+    def __init__(self, folder: Path, launch: Launch, generator: random.Random, steps: int):
+        self.folder, self.launch, self.generator, self.steps = folder, launch, generator, steps
         self.checkpoints = folder / "checkpoints"
 
     @property
@@ -67,7 +67,7 @@ class Run:
                 raise Surprise(f"it did not end in {END_SECONDS:g} s")
             time.sleep(0.1)
         code = self.launch.process.returncode
-        if code == 0:
+        if code == 0 and self.last_step() >= self.steps:
             return "it had just ended"
         if code not in codes if codes is not None else code in NOT_LOST:
             raise Surprise(f"it ended with code {code}")
@@ -101,11 +101,15 @@ def kill_all(run: Run) -> str:
 
 
 def kill_launcher(run: Run) -> str:
-    """The command, or the process it starts on each node: the ranks see that, save and stop."""
+    """The command, or the process it starts on each node: the ranks see that, save and stop.
+
+    Without that process the command ends with 0 at once.
+    """
     whole = psutil.Process(run.launch.process.pid)
     node = psutil.Process(run.ranks()[0].ppid())
     run.send([run.generator.choice([whole, node])], signal.SIGKILL)
-    code = run.end((-signal.SIGKILL, 256 - signal.SIGKILL, 1), "asked by a lost launcher")
+    codes = (-signal.SIGKILL, 256 - signal.SIGKILL, 1, 0)
+    code = run.end(codes, "asked by a lost launcher")
     return f"{code}, saved at step {list_steps(run.checkpoints)[-1]}"
 
 
