@@ -441,6 +441,12 @@ class Trainer:
         if newest is None:
             if mode == "required":
                 raise UserError(f"checkpoint.resume: no checkpoint in {self.checkpointer.folder}")
+            if on_first_rank(lambda: self.folder.lost(self.checkpointer.folder), "output_dir"):
+                raise UserError(
+                    f"{self.checkpointer.folder} is gone, but a run began in {self.folder.path} (a "
+                    "file system that is not mounted?); bring it back, or begin anew with "
+                    "checkpoint.resume: never, which drops the log"
+                )
             return
         check_drift(newest, self.checkpointer.identity, self.config.checkpoint.allow_changed)
         manifest = self.load(newest)

@@ -84,6 +84,10 @@ class RunFolder:
     def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    def lost(self, checkpoints: Path) -> bool:
+        """Whether a run began here whose folder of checkpoints, older than its log, has gone."""
+        return (self.path / "metrics.jsonl").exists() and not checkpoints.is_dir()
+
     def describe(self, config: str, tokenizer: Path | None, anew: bool) -> None:
         """Provenance, and the tokenizer, so that an export needs nothing else.
 

@@ -155,3 +155,17 @@ def test_resumed_runs_validate_and_stop_early_as_uninterrupted_ones(corpus, tmp_
     over = started(corpus, parts, **changes)
     assert over["steps"] == over["saves"] == []
     assert f"nothing to do: the run ended at step {last}" in over["said"]
+
+
+def test_a_folder_of_checkpoints_that_has_gone_does_not_begin_the_run_anew(corpus, again):
+    """A disk that is not mounted: the log stays, and brought back all goes on."""
+    log, checkpoints = again / "metrics.jsonl", again / "checkpoints"
+    before = log.read_bytes()
+    checkpoints.rename(again / "elsewhere")
+    outcome = started(corpus, again)
+    assert f"{checkpoints} is gone, but a run began in {again}" in outcome["error"]
+    assert outcome["steps"] == [] and log.read_bytes() == before and not checkpoints.exists()
+    (again / "elsewhere").rename(checkpoints)
+    assert started(corpus, again, stop_at=4)["steps"] == [4]
+    checkpoints.rename(again / "elsewhere")
+    assert started(corpus, again, stop_at=1, checkpoint__resume="never")["steps"] == [1]
