@@ -60,9 +60,9 @@ def colour(style: Style) -> str:
     return matplotlib.rcParams["text.color"] if style.colour == "text" else style.colour
 
 
-def label(text: str) -> str:
+def label(text: str, longest: int = LONGEST) -> str:
     """A record's text as text: no mathematics, no hidden legend entry, not too long."""
-    short = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    short = text if len(text) <= longest else text[: longest - 1] + "…"
     return (" " + short if short.startswith("_") else short).replace("$", r"\$")
 
 

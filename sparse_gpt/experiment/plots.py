@@ -140,7 +140,8 @@ def perplexity_flops(trained: Sequence[Arm], style: dict[str, Style]) -> Figure:
 
 def forest(found: Sequence[Comparison]) -> Figure:
     """Mean paired differences with t intervals; filled where significant after correction."""
-    made = figure(9, 1.4 + 0.38 * len(found))
+    names = [_pair(c.arm.title, c.against.title, c.pairs.n) for c in found]
+    made = figure(9, 1.4 + 0.38 * sum(1 + 0.4 * name.count("\n") for name in names))
     axes = made.subplots()
     text = colour(Style("text", "o", "-"))
     hues = {"better": "#009E73", "worse": "#D55E00"}
@@ -153,9 +154,14 @@ def forest(found: Sequence[Comparison]) -> Figure:
         fill = hue if comparison.verdict in hues else axes.get_facecolor()
         axes.scatter([pairs.mean], [place], s=42, color=fill, edgecolors=hue, zorder=3)
     axes.axvline(0, color=text, lw=0.9)
-    names = [f"{label(c.arm.title)} − {label(c.against.title)}  (n = {c.pairs.n})" for c in found]
     axes.set_yticks(range(len(found)), names, fontsize="small")
     axes.set_ylim(len(found) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("difference in loss (nats a token); left of zero: lower loss")
+    axes.set_xlabel("difference in loss (nats a token)\nleft of zero: lower loss")
     return made
+
+
+def _pair(arm: str, against: str, seeds: int) -> str:
+    """On one line where both names are short."""
+    names = [label(arm, 60), f"− {label(against, 60)}  (n = {seeds})"]
+    return ("\n" if sum(map(len, names)) > 60 else " ").join(names)

@@ -6,7 +6,7 @@ import pytest
 
 from sparse_gpt.experiment.arms import arms, comparisons
 from sparse_gpt.experiment.drawing import DARK, LIGHT, Plot, drawn, figure, label, styles
-from sparse_gpt.experiment.plots import curve, forest, perplexity_flops
+from sparse_gpt.experiment.plots import _pair, curve, forest, perplexity_flops
 from sparse_gpt.experiment.results import read
 from sparse_gpt.experiment.special_plots import grid, lr_lines
 from sparse_gpt.experiment.statistics import perplexity
@@ -80,6 +80,14 @@ def test_the_dark_theme_is_the_light_one_in_other_colours():
 def test_labels_are_short_and_never_hidden():
     assert label("_hidden") == " _hidden"
     assert len(label("x" * 200)) == 40
+
+
+def test_a_pair_of_long_names_takes_two_lines():
+    """What tells fine-tunings apart stands at their end."""
+    assert _pair("Wide", "Dense", 3) == "Wide − Dense  (n = 3)"
+    arm = "Sparse Wide 75 %, SET, dense fine-tuning"
+    against = "Dense, projected to wide embeddings, dense fine-tuning"
+    assert _pair(arm, against, 3) == f"{arm}\n− {against}  (n = 3)"
 
 
 def test_arms_are_told_apart_by_more_than_colour():
