@@ -36,7 +36,8 @@ test-all: venv
 
 test-faults: venv
 	@$(IN_VENV) $(PYTEST) tests/faults tests/crash tests/train/test_signals.py tests/train/test_watch.py \
-		tests/train/test_nonfinite.py tests/test_supervise.py tests/hostile $(PYTEST_ARGS)
+		tests/train/test_nonfinite.py tests/train/test_run_folder.py tests/train/test_checkpoint_folder.py \
+		tests/train/test_starting_again.py tests/test_supervise.py tests/hostile $(PYTEST_ARGS)
 
 check: venv
 	@$(IN_VENV) ruff check . && ruff format --check . && pyright

@@ -126,4 +126,3 @@ SPDF = (
     Spdf("Sparse Wide", 0.75, "dense", 14.6),
 )
 GPT3_SMALL = (12, 768, 3072, 12)  # n_layer, d_model, d_ff, n_head
-GPT3_MEDIUM = (24, 1024, 4096, 16)

@@ -249,12 +249,3 @@ def read_log(path: Path) -> Iterator[dict[str, Any]]:
         yield from read_objects(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: {error}; remove the run's folder to repeat the run") from None
-
-
-def read_all(folder: Path) -> Iterable[dict[str, Any]]:
-    """Every record below a results folder, by run."""
-    records = Records(folder)
-    for path in sorted((folder / "runs").glob("*.json")):
-        record = records.read(path.stem)
-        if record is not None:
-            yield record

@@ -80,8 +80,3 @@ def residual(
                 macs[key] = macs.get(key, 0) + counts.get(name, weight.numel)
     kinds = [kind for kind in base_macs if kind != "all"]
     return {kind: Residual(base_macs[kind], wide_macs[kind]) for kind in [*kinds, "all"]}
-
-
-def render(report: Mapping[str, Residual]) -> str:
-    """One line: the excess of each kind of layer and of all, in percent."""
-    return ", ".join(f"{kind} {float(100 * r.excess):+.3f} %" for kind, r in report.items())
