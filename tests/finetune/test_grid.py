@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from sparse_gpt.config_file import read_tree, validate
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, UserError
 from sparse_gpt.finetune.config import FinetuneConfig
-from tests.finetune.runs import results_of, tune
+from tests.finetune.runs import asked_to_stop, results_of, tune
 from tests.ranks import run_ranks
 
 # 1e30 diverges: the second step is not finite.
@@ -90,6 +90,62 @@ def test_the_best_at_the_edge_is_said(corpus, pretrained, tmp_path):
 def test_all_diverged(corpus, pretrained, tmp_path):
     refused = tuned(corpus, tmp_path / "run", pretrained.run, *GRID, "lr_grid=[1e30, 1e31]")
     assert "diverged at all of 1e+30, 1e+31; add lower ones" in refused["error"]
+
+
+TWO = ("lr_grid=[2e-4, 2e-3]", "optimizer={}", "max_steps=4")
+FIRST, SECOND = ([f"lr-{lr}:{step}" for step in (1, 2, 3, 4)] for lr in ("0.0002", "0.002"))
+
+
+def started(corpus, run, checkpoint, *more, place="", file="", ranks=1):
+    """Exit code and steps of one start."""
+    arguments = (corpus, str(run), str(checkpoint), [*TWO, *more], place, file)
+    first, *others = run_ranks(ranks, asked_to_stop, *arguments)
+    assert all(other == first for other in others)
+    return first
+
+
+@pytest.mark.parametrize(
+    ("place", "file", "trained"),
+    [
+        ("lr-0.0002:2", "STOP", FIRST[:2]),
+        ("lr-0.0002:end", "STOP", FIRST),  # between two learning rates
+        ("lr-0.002:3", "STOP", FIRST + SECOND[:3]),
+        ("lr-0.002:3", "lr-0.002/STOP", FIRST + SECOND[:3]),
+    ],
+)
+def test_a_stop_file_in_the_run_folder(corpus, pretrained, grid, tmp_path, place, file, trained):
+    """Seen whichever learning rate runs; it stays, and once it is removed the rest is done."""
+    run = tmp_path / "run"
+    stopped = started(corpus, run, pretrained.run, place=place, file=file)
+    assert stopped == (EXIT_STOPPED_FOR_GOOD, trained)
+    assert (run / file).exists() and not (run / "results.json").exists()
+    assert started(corpus, run, pretrained.run) == (EXIT_STOPPED_FOR_GOOD, [])
+    (run / file).unlink()
+    left = [step for step in FIRST + SECOND if step not in trained]
+    assert started(corpus, run, pretrained.run) == (0, left)
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"] == grid[1]["test"]
+
+
+def test_a_stop_file_that_is_there_before_the_first_learning_rate(corpus, pretrained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    assert started(corpus, run, pretrained.run, ranks=2) == (EXIT_STOPPED_FOR_GOOD, [])
+    assert (run / "STOP").exists() and not list(run.rglob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("place", "trained"),
+    [("lr-0.0002:3", FIRST[:3]), ("lr-0.0002:end", FIRST), ("lr-0.002:2", FIRST + SECOND[:2])],
+)
+def test_a_deadline_in_minutes_is_that_of_the_whole_grid(
+    corpus, pretrained, tmp_path, place, trained
+):
+    """A minute is left of three; it goes by in, or after, one of the learning rates."""
+    deadline = "checkpointing={deadline: 3, deadline_margin: 2, keep_last: 1}"
+    stopped = started(corpus, tmp_path / "run", pretrained.run, deadline, place=place)
+    assert stopped == (EXIT_STOPPED, trained)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ import pytest
 from sparse_gpt.config import CheckpointConfig
 from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, Stopped, UserError
 from sparse_gpt.train import signals
-from sparse_gpt.train.signals import REASONS, StopRequests, code_of, deadline_of, describe
+from sparse_gpt.train.signals import (
+    REASONS,
+    Command,
+    StopRequests,
+    code_of,
+    deadline_of,
+    describe,
+)
 from tests.contracts.runs import run_config, trainer
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import write_corpus
@@ -186,6 +193,18 @@ def test_a_stop_file(tmp_path):
     assert not any(StopRequests(tmp_path, None, first_rank=False).flags())
 
 
+def test_a_stop_file_in_the_folder_of_the_command(tmp_path):
+    run = tmp_path / "lr-0.001"
+    for folder in (run, tmp_path):
+        folder.mkdir(exist_ok=True)
+        assert not any(StopRequests(run, None, True, tmp_path).flags())
+        (folder / "STOP").touch()
+        asked = StopRequests(run, None, True, tmp_path).flags()
+        assert asked == [float(reason in signals.FILES) for reason in REASONS]
+        assert not any(StopRequests(run, None, False, tmp_path).flags())
+        (folder / "STOP").unlink()
+
+
 def test_whoever_asked_the_stop_file_decides_the_code():
     assert code_of([0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0], None) == EXIT_STOPPED
     asked = [float(reason.startswith(("SIGTERM", "the file STOP"))) for reason in REASONS]
@@ -224,6 +243,18 @@ def test_a_deadline_in_minutes_as_a_time_and_from_slurm(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     with pytest.raises(UserError, match=r"checkpoint\.deadline: slurm, but SLURM_JOB_END_TIME"):
         deadline_of("slurm", 1, 0.0)
+
+
+def test_a_command_has_started_when_it_listens(tmp_path, monkeypatch):
+    before = time.time()
+    assert before <= signals.started() <= time.time()  # nobody listens here
+    monkeypatch.setattr(signals._process, "listen", lambda: None)
+    monkeypatch.setattr(signals._process, "started", None)
+    signals.listen()
+    listened = signals._process.started
+    assert listened is not None and before <= listened <= time.time()
+    monkeypatch.setattr(signals.time, "time", lambda: listened + 1000)
+    assert signals.started() == Command(tmp_path).started == listened
 
 
 def test_a_deadline_that_is_none_is_refused():
