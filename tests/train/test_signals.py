@@ -10,6 +10,7 @@ import termios
 import time
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 import psutil
 import pytest
@@ -25,7 +26,7 @@ from sparse_gpt.train.signals import (
     deadline_of,
     describe,
 )
-from tests.contracts.runs import run_config, trainer
+from tests.contracts.runs import after_every_step, run_config, trainer
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import write_corpus
 
@@ -401,6 +402,42 @@ def test_a_stop_in_the_evaluation_after_the_last_step(corpus, tmp_path, undistur
     assert [result for result, _ in results] == ["ended"] * 2
     assert json.loads((run / "results.json").read_text())["tested_step"] == STEPS
     assert digests(run)[1] == undisturbed[1][1]
+
+
+def obey(corpus, out, at=None):
+    """The exit code of a run, its steps, and whether STOP is there; it comes in step `at`."""
+    steps, stop = [], Path(out) / "STOP"
+
+    def after(step, health, update):
+        steps.append(step)
+        if step == at:
+            stop.touch()
+
+    seconds, signals.LOOK_SECONDS = signals.LOOK_SECONDS, 0.0
+    try:
+        with trainer(run_config(corpus, out, max_steps=STEPS)) as made:
+            after_every_step(made, after)
+            made.fit()
+        code = 0
+    except Stopped as stopped:
+        code = stopped.code
+    finally:
+        signals.LOOK_SECONDS = seconds
+        signals._process.ended, signals._process.exit_code = False, EXIT_STOPPED
+    return code, steps, stop.exists()
+
+
+def test_a_stop_file_stays_and_ends_the_next_start_before_its_first_step(corpus, tmp_path):
+    """However often; the run goes on once the file is removed."""
+    run = tmp_path / "run"
+    stopped = run_ranks(2, obey, corpus, str(run), at=2)
+    assert stopped == [(EXIT_STOPPED_FOR_GOOD, [1, 2, 3], True)] * 2
+    for _ in range(2):
+        stopped = run_ranks(2, obey, corpus, str(run))
+        assert stopped == [(EXIT_STOPPED_FOR_GOOD, [], True)] * 2
+        assert saved(run) == ["step-00000003"]
+    (run / "STOP").unlink()
+    assert run_ranks(2, obey, corpus, str(run)) == [(0, [4, 5, 6, 7, 8], False)] * 2
 
 
 def test_a_run_with_a_stop_file_or_past_its_deadline_trains_nothing(corpus, tmp_path):
