@@ -14,7 +14,11 @@ from sparse_gpt.errors import run_main
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a step folder, or a run (its newest step)")
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        help="a step folder, or a run (its best step if kept, else its newest)",
+    )
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--dtype", default="float32", help="float32 (default) or bfloat16")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")

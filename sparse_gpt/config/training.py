@@ -113,9 +113,9 @@ class DeepSpeedConfig(Section):
 class CheckpointConfig(Section):
     """`resume: auto` goes on from the newest checkpoint, `required` insists, `never` starts new.
 
-    `deadline`: stop and save before it: minutes from the start, an ISO time (local where it has no
-    offset), or `slurm`: the end of the job's time. `deadline_margin`: minutes kept for the last
-    step, its validation and the save.
+    `deadline`: stop and save before it: minutes from the start of the command, an ISO time (local
+    where it has no offset), or `slurm`: the end of the job's time. `deadline_margin`: minutes kept
+    for the last step, its validation and the save.
     """
 
     every: Positive | None = None  # steps; none = at the end only

@@ -18,6 +18,7 @@ from sparse_gpt.json_file import read_json
 from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import Diverged
+from sparse_gpt.train.signals import Command
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +29,18 @@ _FREE = (
 )
 
 
-def tune_grid(config: FinetuneConfig, source: WeightSource, run_dir: Path) -> dict[str, Any]:
+def tune_grid(config: FinetuneConfig, source: WeightSource, command: Command) -> dict[str, Any]:
     """Fine-tune with every learning rate of `lr_grid`; test the one of the lowest loss.
 
-    Every learning rate has the folder `<run_dir>/lr-<lr>` and, once it is done, a `results.json`
-    there: it is not trained again while configuration, weights and data stay what they were. One
-    that diverged is out of the choice. Returns the results of the chosen one, with `lr_grid`
-    (validation loss by learning rate, None where it diverged), `lr_at_edge`, and the folder
-    `run`. Raises `UserError` without a validation split, and where all diverged. A collective.
+    Every learning rate has a folder `lr-<lr>` in that of the command and, once it is done, a
+    `results.json` there: it is not trained again while configuration, weights and data stay what
+    they were. One that diverged is out of the choice. Returns the results of the chosen one, with
+    `lr_grid` (validation loss by learning rate, None where it diverged), `lr_at_edge`, and the
+    folder `run`. Raises `UserError` without a validation split, and where all diverged. A
+    collective.
     """
     assert config.lr_grid is not None
+    run_dir = command.run_dir
     if not all("val" in data.splits for data, _ in open_sources(config.data)):
         raise UserError(
             "lr_grid chooses on the validation loss, but a data source has no val split; prepare "
@@ -46,7 +49,7 @@ def tune_grid(config: FinetuneConfig, source: WeightSource, run_dir: Path) -> di
     losses: dict[float, float | None] = {}
     for lr in config.lr_grid:
         one = single(config, run_dir, lr)
-        losses[lr] = _validation_loss(one, source)
+        losses[lr] = _validation_loss(one, source, command)
         if config.keep_checkpoints == "best":
             for loser in losses.keys() - {_best(losses)}:
                 _drop_checkpoints(run_dir / lr_folder(loser))
@@ -63,7 +66,7 @@ def tune_grid(config: FinetuneConfig, source: WeightSource, run_dir: Path) -> di
             "lr_grid: the best learning rate, %g, is the %s of the grid; a %s one may be better",
             *(lr, side, more),
         )
-    results = tune(single(config, run_dir, lr), source, ("val", "test"))
+    results = tune(single(config, run_dir, lr), source, ("val", "test"), command)
     return results | {
         "lr_grid": {str(key): loss for key, loss in losses.items()},
         "lr_at_edge": at_edge,
@@ -96,7 +99,9 @@ def identity(config: FinetuneConfig, source: WeightSource) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def _validation_loss(config: FinetuneConfig, source: WeightSource) -> float | None:
+def _validation_loss(
+    config: FinetuneConfig, source: WeightSource, command: Command
+) -> float | None:
     """Of one learning rate, trained if it was not; None where it diverged. A collective."""
     folder, made = config.run_dir, identity(config, source)
     file, lr = folder / "results.json", config.optimizer.lr
@@ -105,7 +110,7 @@ def _validation_loss(config: FinetuneConfig, source: WeightSource) -> float | No
         log.info("lr %g     done before, in %s", lr, file)
     else:
         try:
-            done = tune(config, source, ("val",))
+            done = tune(config, source, ("val",), command)
         except Diverged as problem:
             log.warning("lr %g     diverged: %s", lr, problem)
             done = {"lr": lr, "diverged": str(problem)}

@@ -18,6 +18,7 @@ from sparse_gpt.train.build import WeightSource
 from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.every_rank import on_every_rank, read_first
 from sparse_gpt.train.first_rank import on_first_rank
+from sparse_gpt.train.signals import Command, started
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,8 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
 
     Raises `UserError` for bad input, and for `mode: sparse` from weights without masks.
     """
+
+    since = started()
 
     def read_config() -> FinetuneConfig:
         return validate(FinetuneConfig, read_tree(config_path, list(overrides)), str(config_path))
@@ -38,6 +41,7 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     opened: list[WeightSource] = []
     on_every_rank(lambda: opened.append(open_source(config.checkpoint)), "checkpoint")
     source, run_dir = opened[0], config.run_dir
+    command = Command(run_dir, since)
     if config.keeps_masks:
         check_masks(config.mode, str(config.checkpoint), list(source.layers.values()))
     elif problem := unfinished(source.layers.values()):
@@ -45,9 +49,9 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     if dist.get_rank() == 0:
         print(dump_yaml(config).rstrip(), flush=True)
     if config.lr_grid is None:
-        results = tune(config, source, ("val", "test"))
+        results = tune(config, source, ("val", "test"), command)
     else:
-        results = tune_grid(config, source, run_dir)
+        results = tune_grid(config, source, command)
 
     def write() -> None:
         write_text(run_dir / "finetune.yaml", dump_yaml(config))

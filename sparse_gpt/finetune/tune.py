@@ -14,9 +14,12 @@ from sparse_gpt.train.build import WeightSource
 from sparse_gpt.train.every_rank import check_nodes
 from sparse_gpt.train.loop import Trainer
 from sparse_gpt.train.results import describe
+from sparse_gpt.train.signals import Command
 
 
-def tune(config: FinetuneConfig, source: WeightSource, splits: Sequence[str]) -> dict[str, Any]:
+def tune(
+    config: FinetuneConfig, source: WeightSource, splits: Sequence[str], command: Command
+) -> dict[str, Any]:
     """Fine-tune, or go on, to the end; returns what happened, with the loss over `splits`.
 
     The weights evaluated are those of the best validation where `evaluation.patience` kept them,
@@ -25,7 +28,7 @@ def tune(config: FinetuneConfig, source: WeightSource, splits: Sequence[str]) ->
     gc.collect()  # the engine of the learning rate before
     run = run_config(config, source, dist.get_world_size())
     check_nodes(run)
-    trainer = Trainer(run, source)
+    trainer = Trainer(run, source, command)
     try:
         with trainer.watch:
             return _tune(config, source, trainer, splits)

@@ -38,6 +38,7 @@ from sparse_gpt.json_file import parse_object
 from sparse_gpt.model.gpt import GPT, GPTConfig, check_modules
 from sparse_gpt.ops import BlockLayout, Pattern, power
 from sparse_gpt.topology.masks import SavedLayer
+from sparse_gpt.train.chosen_run import check_chosen, chosen_run
 from sparse_gpt.train.manifest import NAME, read_manifest
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
@@ -74,17 +75,21 @@ def list_steps(folder: Path, tag: str = "step") -> list[int]:
 def open_checkpoint(path: Path | str, verify: bool = True) -> "CheckpointReader":
     """Open one checkpoint's folder, or a run folder.
 
-    Of a run: the best checkpoint where it kept one (early stopping), else the newest. With
-    `verify`, every file is checked against its digest. Raises `UserError` naming what is missing
-    or damaged.
+    Of a run: the best checkpoint where it kept one (early stopping), else the newest; of a grid
+    of learning rates that of the chosen one. With `verify`, every file is checked against its
+    digest. Raises `UserError` naming what is missing or damaged.
     """
     path = Path(path)
+    if (chosen := chosen_run(path)) is not None:
+        path = chosen
     found = [
         folder / step_folder(steps[-1], tag)
         for folder in (path / "checkpoints", path)
         for tag in ("best", "step")
         if (steps := list_steps(folder, tag))
     ]
+    if not found:
+        check_chosen(path)
     path = found[0] if found else path
     reader = CheckpointReader(path)
     if verify:

@@ -1,7 +1,6 @@
 """The Trainer: one readable loop around a DeepSpeed engine."""
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +39,7 @@ from sparse_gpt.train.nonfinite import describe_bad_step
 from sparse_gpt.train.optim import learning_rate
 from sparse_gpt.train.records import first_topology_record, step_record, update_record
 from sparse_gpt.train.run_folder import WAIT_SECONDS, RunFolder
-from sparse_gpt.train.signals import StopRequests, code_of, deadline_of, describe
+from sparse_gpt.train.signals import Command, StopRequests, code_of, deadline_of, describe
 from sparse_gpt.train.spikes import spike_record
 from sparse_gpt.train.state import TrainState
 from sparse_gpt.train.throughput import Throughput
@@ -48,17 +47,26 @@ from sparse_gpt.train.watch import Watch
 
 
 class Trainer:
-    """Trains one model. `source`: where initial weights come from, if they are not random."""
+    """Trains one model. `source`: where initial weights come from, if they are not random.
 
-    def __init__(self, config: RunConfig, source: build.WeightSource | None = None) -> None:
+    `command`: what this run is a part of, if it is not all that was started.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        source: build.WeightSource | None = None,
+        command: Command | None = None,
+    ) -> None:
         self.config = config
         self.device = init_ranks(config.timeouts.exchange)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.precision = resolve_precision(config, self.device)
+        command = command or Command(config.run_dir)
         deadline = deadline_of(
-            config.checkpoint.deadline, config.checkpoint.deadline_margin, time.time()
+            config.checkpoint.deadline, config.checkpoint.deadline_margin, command.started
         )
-        self.stop_requests = StopRequests(config.run_dir, deadline, self.rank == 0)
+        self.stop_requests = StopRequests(config.run_dir, deadline, self.rank == 0, command.run_dir)
         self.watch = Watch(config.timeouts)
         self.total_steps = config.total_steps(self.world_size)
         self.warmup_steps = config.warmup_steps(self.world_size)

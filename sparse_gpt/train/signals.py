@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -58,6 +59,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.received: set[signal.Signals] = set()
+        self.started: float | None = None  # seconds since the epoch
         self.asked = Asked()
         self.ended = False  # the run has stopped: nothing is left to save
         self.exit_code = EXIT_STOPPED
@@ -132,16 +134,42 @@ _process = _Process()
 
 
 def listen() -> None:
-    """From now on signals are requests to stop. For entry points; from the main thread."""
+    """From now on signals are requests to stop. For entry points; from the main thread.
+
+    The command counts as started now, before its slow imports.
+    """
+    _process.started = time.time()
     _process.listen()
+
+
+def started() -> float:
+    """When this process began to listen, in seconds since the epoch; now, where it does not."""
+    return time.time() if _process.started is None else _process.started
+
+
+@dataclass(frozen=True)
+class Command:
+    """What the user started and knows, which may make several runs: asked to stop, all of it does.
+
+    `started`: seconds since the epoch; a deadline in minutes counts from it.
+    """
+
+    run_dir: Path
+    started: float = field(default_factory=started)
 
 
 class StopRequests:
     """The reasons that this rank has for stopping one run."""
 
-    def __init__(self, run_dir: Path, deadline: float | None, first_rank: bool) -> None:
-        """`deadline`: seconds since the epoch. Only the first rank looks for the STOP file."""
-        self.stop_file = run_dir / STOP_FILE if first_rank else None
+    def __init__(
+        self, run_dir: Path, deadline: float | None, first_rank: bool, also: Path | None = None
+    ) -> None:
+        """`deadline`: seconds since the epoch. Only the first rank looks for the STOP file.
+
+        `also`: another folder to look in, that of a command of several runs.
+        """
+        folders = (run_dir, also or run_dir) if first_rank else ()
+        self.stop_files = {folder / STOP_FILE for folder in folders}
         self.deadline = deadline
         self._looked, self._found = 0.0, [False, False]
 
@@ -156,7 +184,7 @@ class StopRequests:
             self._looked = now
             there = False
             with contextlib.suppress(OSError):  # of a network file system: looked for again soon
-                there = self.stop_file is not None and self.stop_file.exists()
+                there = any(file.exists() for file in self.stop_files)
             self._found = [there, _process.lost_launcher()]
         late = self.deadline is not None and time.time() >= self.deadline
         asked = [number in _process.received for number in SIGNALS]

@@ -119,6 +119,12 @@ def test_every_way_to_ask(tmp_path, tiny, request, ask, expected, reason):
     assert reason in line, output
     (step,) = saved_steps(run)
     assert 5 <= step < EVERY
+    if ask is a_stop_file:
+        assert (run / "STOP").exists()
+        again = run_deepspeed(SCRIPT, [config], RANKS)
+        assert again.returncode == EXIT_STOPPED_FOR_GOOD, again.stdout
+        assert f"stopped    step {step} " in again.stdout and saved_steps(run) == [step]
+        assert (run / "STOP").exists()
     if ask is to_one_rank:
         whole = request.getfixturevalue("undisturbed")
         assert f"resumed    step {step}" in goes_on_bit_for_bit(config, run, whole)
@@ -147,7 +153,7 @@ def test_a_deadline(tmp_path, tiny):
     checkpoint = {"every": EVERY, "deadline": at.isoformat(), "deadline_margin": 0.05}
     config, run = write_config(tmp_path, tiny, checkpoint=checkpoint), tmp_path / "run"
     with start_deepspeed(SCRIPT, [config, "max_steps=100000"], RANKS) as launch:
-        assert launch.wait(240).returncode == EXIT_STOPPED, launch.output
+        assert launch.wait(240).returncode == EXIT_STOPPED_FOR_GOOD, launch.output
         assert "asked by the deadline (" in launch.output
     assert -3.5 <= (datetime.now() - at).total_seconds() < 60
     assert saved_steps(run)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ from unittest import mock
 
 import torch
 
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import EXIT_STOPPED, Stopped, UserError
 from sparse_gpt.finetune import spdf
 from sparse_gpt.finetune import tune as tuning
 from sparse_gpt.finetune.spdf import finetune
 from sparse_gpt.hf.checkpoint import export_checkpoint
+from sparse_gpt.train import signals
 from sparse_gpt.train.loop import Trainer
 from sparse_gpt.train.optim import optimizer_steps
 from tests.contracts.runs import assemble, run_config, trainer
@@ -100,6 +102,53 @@ def results_of(
             return finetune(_config(corpus, out, checkpoint), overrides)
         except UserError as problem:
             return str(problem)
+
+
+def asked_to_stop(
+    corpus: str, out: str, checkpoint: str, overrides: list[str], place: str = "", file: str = ""
+) -> tuple[int, list[str]]:
+    """The exit code of `finetune`, and the steps it made, as `lr-0.001:3`.
+
+    At `place`, a step that begins or (as `lr-0.001:end`) the end of a learning rate, a minute and
+    a second go by, or `file` appears in the run folder.
+    """
+    steps: list[str] = []
+    real, gone = time.time, [0.0]
+
+    def now() -> float:
+        return real() + gone[0]
+
+    def come_to(here: str) -> None:
+        if here != place:
+            return
+        if file:
+            (Path(out) / file).touch()
+        else:
+            gone[0] += 61
+
+    class Stoppable(Trainer):
+        def _step(self, step: int, batches: Any) -> Any:
+            here = f"{self.run_dir.name}:{step}"
+            come_to(here)
+            steps.append(here)
+            return super()._step(step, batches)
+
+        def close(self) -> None:
+            super().close()
+            come_to(f"{self.run_dir.name}:end")
+
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(spdf.dist, "destroy_process_group"))
+        stack.enter_context(mock.patch.object(tuning, "Trainer", Stoppable))
+        stack.enter_context(mock.patch.object(signals, "LOOK_SECONDS", 0.0))
+        stack.enter_context(mock.patch.object(time, "time", now))
+        try:
+            finetune(_config(corpus, out, checkpoint), overrides)
+        except Stopped as stopped:
+            return stopped.code, steps
+        finally:
+            signals._process.ended, signals._process.exit_code = False, EXIT_STOPPED
+    return 0, steps
 
 
 def _config(corpus: str, out: str, checkpoint: str) -> Path:

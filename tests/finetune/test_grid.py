@@ -6,9 +6,10 @@ import shutil
 import pytest
 
 from sparse_gpt.config_file import read_tree, validate
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, UserError
 from sparse_gpt.finetune.config import FinetuneConfig
-from tests.finetune.runs import results_of, tune
+from sparse_gpt.train.checkpoint_files import list_steps, open_checkpoint
+from tests.finetune.runs import asked_to_stop, export, results_of, tune
 from tests.ranks import run_ranks
 
 # 1e30 diverges: the second step is not finite.
@@ -90,6 +91,121 @@ def test_the_best_at_the_edge_is_said(corpus, pretrained, tmp_path):
 def test_all_diverged(corpus, pretrained, tmp_path):
     refused = tuned(corpus, tmp_path / "run", pretrained.run, *GRID, "lr_grid=[1e30, 1e31]")
     assert "diverged at all of 1e+30, 1e+31; add lower ones" in refused["error"]
+
+
+def exported(run, out):
+    """The lr and step that were exported, and the bytes of the weights."""
+    step = run_ranks(1, export, str(run), str(out))[0]
+    facts = json.loads((out / "sparse_gpt.json").read_text())
+    assert facts["step"] == step
+    return facts["config"]["optimizer"]["lr"], step, (out / "model.safetensors").read_bytes()
+
+
+def test_the_best_checkpoint_of_the_best_learning_rate_is_exported(corpus, pretrained, tmp_path):
+    """At 1 it is never as good again as at the first validation; all checkpoints stay."""
+    run = tmp_path / "run"
+    often = "evaluation={every: 2, patience: 2}"
+    grid = ("lr_grid=[1.0, 1e-9, 3e-3]", "optimizer={}", "max_steps=12", "keep_checkpoints=all")
+    results = tuned(corpus, run, pretrained.run, *grid, often)["results"]
+    lr, step, weights = exported(run, tmp_path / "chosen")
+    assert (lr, step) == (results["lr"], results["tested_step"]) == (3e-3, 12)
+    best = run / "lr-0.003/checkpoints/best-00000012"
+    assert exported(best, tmp_path / "best")[2] == weights
+    # As results.json names it, and the best of that one, not the last.
+    results["run"] = "lr-1"
+    (run / "results.json").write_text(json.dumps(results))
+    (best_step,) = list_steps(run / "lr-1/checkpoints", "best")
+    assert best_step < list_steps(run / "lr-1/checkpoints")[-1]
+    assert exported(run, tmp_path / "other")[:2] == (1.0, best_step)
+
+
+def test_the_chosen_one_is_what_a_fine_tuning_goes_on_from(corpus, grid, tmp_path):
+    run, _ = grid
+    results = tuned(corpus, tmp_path / "next", run)["results"]
+    next_run = json.loads((tmp_path / "next/results.json").read_text())
+    assert results == next_run and results["checkpoint"] == str(run)
+    saved = open_checkpoint(tmp_path / "next").manifest["source"]
+    assert saved == open_checkpoint(run / "lr-0.002").identity == open_checkpoint(run).identity
+
+
+def test_a_grid_that_chose_none_yet(grid, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(grid[0], run)
+    (run / "results.json").unlink()
+    with pytest.raises(UserError, match=r"no results\.json says .* such as .*/run/lr-0\.002$"):
+        open_checkpoint(run)
+    shutil.rmtree(run / "lr-0.002/checkpoints")
+    shutil.copy(grid[0] / "results.json", run)
+    with pytest.raises(UserError, match=r"no checkpoint at .*/run/lr-0\.002: no manifest"):
+        open_checkpoint(run)
+
+
+def test_a_grid_in_the_folder_of_a_single_run(corpus, pretrained, grid, tmp_path):
+    """`results.json` is of the later one, and says whose checkpoints count."""
+    run = tmp_path / "run"
+    shutil.copytree(grid[0], run)
+    shutil.copytree(run / "lr-0.002/checkpoints", run / "checkpoints")
+    assert open_checkpoint(run).path.parents[1] == run / "lr-0.002"
+    results = json.loads((run / "results.json").read_text())
+    del results["run"]
+    (run / "results.json").write_text(json.dumps(results))
+    assert open_checkpoint(run).path.parents[1] == run
+
+
+TWO = ("lr_grid=[2e-4, 2e-3]", "optimizer={}", "max_steps=4")
+FIRST, SECOND = ([f"lr-{lr}:{step}" for step in (1, 2, 3, 4)] for lr in ("0.0002", "0.002"))
+
+
+def started(corpus, run, checkpoint, *more, place="", file="", ranks=1):
+    """Exit code and steps of one start."""
+    arguments = (corpus, str(run), str(checkpoint), [*TWO, *more], place, file)
+    first, *others = run_ranks(ranks, asked_to_stop, *arguments)
+    assert all(other == first for other in others)
+    return first
+
+
+@pytest.mark.parametrize(
+    ("place", "file", "trained"),
+    [
+        ("lr-0.0002:2", "STOP", FIRST[:2]),
+        ("lr-0.0002:end", "STOP", FIRST),  # between two learning rates
+        ("lr-0.002:3", "STOP", FIRST + SECOND[:3]),
+        ("lr-0.002:3", "lr-0.002/STOP", FIRST + SECOND[:3]),
+    ],
+)
+def test_a_stop_file_in_the_run_folder(corpus, pretrained, grid, tmp_path, place, file, trained):
+    """Seen whichever learning rate runs; it stays, and once it is removed the rest is done."""
+    run = tmp_path / "run"
+    stopped = started(corpus, run, pretrained.run, place=place, file=file)
+    assert stopped == (EXIT_STOPPED_FOR_GOOD, trained)
+    assert (run / file).exists() and not (run / "results.json").exists()
+    assert started(corpus, run, pretrained.run) == (EXIT_STOPPED_FOR_GOOD, [])
+    (run / file).unlink()
+    left = [step for step in FIRST + SECOND if step not in trained]
+    assert started(corpus, run, pretrained.run) == (0, left)
+    results = json.loads((run / "results.json").read_text())
+    assert results["test"] == grid[1]["test"]
+
+
+def test_a_stop_file_that_is_there_before_the_first_learning_rate(corpus, pretrained, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "STOP").touch()
+    assert started(corpus, run, pretrained.run, ranks=2) == (EXIT_STOPPED_FOR_GOOD, [])
+    assert (run / "STOP").exists() and not list(run.rglob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("place", "trained"),
+    [("lr-0.0002:3", FIRST[:3]), ("lr-0.0002:end", FIRST), ("lr-0.002:2", FIRST + SECOND[:2])],
+)
+def test_a_deadline_in_minutes_is_that_of_the_whole_grid(
+    corpus, pretrained, tmp_path, place, trained
+):
+    """A minute is left of three; it goes by in, or after, one of the learning rates."""
+    deadline = "checkpointing={deadline: 3, deadline_margin: 2, keep_last: 1}"
+    stopped = started(corpus, tmp_path / "run", pretrained.run, deadline, place=place)
+    assert stopped == (EXIT_STOPPED, trained)
 
 
 @pytest.mark.parametrize(

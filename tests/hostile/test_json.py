@@ -29,6 +29,12 @@ from sparse_gpt.train.checkpoint_files import open_checkpoint
 from sparse_gpt.train.metrics import Metrics
 from sparse_gpt.train.results import read_results
 
+
+def _open_grid(folder: Path) -> Any:
+    (folder / "lr-0.1").mkdir()
+    return open_checkpoint(folder)
+
+
 # What reads it: the file below a folder, and the reader given that folder.
 READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "index": ("index.json", open_data),
@@ -41,6 +47,7 @@ READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "record": ("runs/a.json", lambda folder: Records(folder).read("a")),
     "environment": ("environment.json", lambda folder: read_json(folder / "environment.json")),
     "results": ("results.json", lambda folder: read_results(folder / "results.json")),
+    "chosen run": ("results.json", _open_grid),
     "sessions": ("sessions.json", Sessions),
     "speeds": ("speeds.json", lambda folder: speeds(folder / "speeds.json")),
     "log": ("metrics.jsonl", read_run),
@@ -86,7 +93,8 @@ def test_enormous_files(tmp_path, refused, reader) -> None:
 
 
 @pytest.mark.parametrize(
-    "reader", ["index", "manifest", "record", "results", "evaluation", "scores", "log"]
+    "reader",
+    ["index", "manifest", "record", "results", "chosen run", "evaluation", "scores", "log"],
 )
 def test_keys_given_twice(tmp_path, refused, reader) -> None:
     """In files of our own, of which one program might take the first and another the last."""

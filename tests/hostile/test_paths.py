@@ -96,6 +96,17 @@ def test_checkpoints(tmp_path, refused, name) -> None:
         open_checkpoint(folder)
 
 
+@names
+def test_the_chosen_learning_rate(tmp_path, refused, name) -> None:
+    write_run(tmp_path / "run", sparse_model())
+    write_run(tmp_path / "run/a/b", sparse_model())
+    (tmp_path / "run/lr-0.1").mkdir()
+    results = tmp_path / "run/results.json"
+    results.write_text(json.dumps({"run": name}))
+    with refused(results, "is no folder of a learning rate"):
+        open_checkpoint(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["master-00000.safetensors", "manifest.json"])
 @pytest.mark.parametrize("kind", ["link", "device", "pipe", "folder"])
 def test_checkpoints_that_are_no_files(tmp_path, refused, name, kind) -> None:

@@ -10,6 +10,7 @@ import termios
 import time
 from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 
 import psutil
 import pytest
@@ -17,8 +18,15 @@ import pytest
 from sparse_gpt.config import CheckpointConfig
 from sparse_gpt.errors import EXIT_STOPPED, EXIT_STOPPED_FOR_GOOD, Stopped, UserError
 from sparse_gpt.train import signals
-from sparse_gpt.train.signals import REASONS, StopRequests, code_of, deadline_of, describe
-from tests.contracts.runs import run_config, trainer
+from sparse_gpt.train.signals import (
+    REASONS,
+    Command,
+    StopRequests,
+    code_of,
+    deadline_of,
+    describe,
+)
+from tests.contracts.runs import after_every_step, run_config, trainer
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import write_corpus
 
@@ -186,6 +194,18 @@ def test_a_stop_file(tmp_path):
     assert not any(StopRequests(tmp_path, None, first_rank=False).flags())
 
 
+def test_a_stop_file_in_the_folder_of_the_command(tmp_path):
+    run = tmp_path / "lr-0.001"
+    for folder in (run, tmp_path):
+        folder.mkdir(exist_ok=True)
+        assert not any(StopRequests(run, None, True, tmp_path).flags())
+        (folder / "STOP").touch()
+        asked = StopRequests(run, None, True, tmp_path).flags()
+        assert asked == [float(reason in signals.FILES) for reason in REASONS]
+        assert not any(StopRequests(run, None, False, tmp_path).flags())
+        (folder / "STOP").unlink()
+
+
 def test_whoever_asked_the_stop_file_decides_the_code():
     assert code_of([0.0, 2.0, 0.0, 0.0, 0.0, 0.0, 1.0], None) == EXIT_STOPPED
     asked = [float(reason.startswith(("SIGTERM", "the file STOP"))) for reason in REASONS]
@@ -224,6 +244,18 @@ def test_a_deadline_in_minutes_as_a_time_and_from_slurm(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_END_TIME")
     with pytest.raises(UserError, match=r"checkpoint\.deadline: slurm, but SLURM_JOB_END_TIME"):
         deadline_of("slurm", 1, 0.0)
+
+
+def test_a_command_has_started_when_it_listens(tmp_path, monkeypatch):
+    before = time.time()
+    assert before <= signals.started() <= time.time()  # nobody listens here
+    monkeypatch.setattr(signals._process, "listen", lambda: None)
+    monkeypatch.setattr(signals._process, "started", None)
+    signals.listen()
+    listened = signals._process.started
+    assert listened is not None and before <= listened <= time.time()
+    monkeypatch.setattr(signals.time, "time", lambda: listened + 1000)
+    assert signals.started() == Command(tmp_path).started == listened
 
 
 def test_a_deadline_that_is_none_is_refused():
@@ -370,6 +402,42 @@ def test_a_stop_in_the_evaluation_after_the_last_step(corpus, tmp_path, undistur
     assert [result for result, _ in results] == ["ended"] * 2
     assert json.loads((run / "results.json").read_text())["tested_step"] == STEPS
     assert digests(run)[1] == undisturbed[1][1]
+
+
+def obey(corpus, out, at=None):
+    """The exit code of a run, its steps, and whether STOP is there; it comes in step `at`."""
+    steps, stop = [], Path(out) / "STOP"
+
+    def after(step, health, update):
+        steps.append(step)
+        if step == at:
+            stop.touch()
+
+    seconds, signals.LOOK_SECONDS = signals.LOOK_SECONDS, 0.0
+    try:
+        with trainer(run_config(corpus, out, max_steps=STEPS)) as made:
+            after_every_step(made, after)
+            made.fit()
+        code = 0
+    except Stopped as stopped:
+        code = stopped.code
+    finally:
+        signals.LOOK_SECONDS = seconds
+        signals._process.ended, signals._process.exit_code = False, EXIT_STOPPED
+    return code, steps, stop.exists()
+
+
+def test_a_stop_file_stays_and_ends_the_next_start_before_its_first_step(corpus, tmp_path):
+    """However often; the run goes on once the file is removed."""
+    run = tmp_path / "run"
+    stopped = run_ranks(2, obey, corpus, str(run), at=2)
+    assert stopped == [(EXIT_STOPPED_FOR_GOOD, [1, 2, 3], True)] * 2
+    for _ in range(2):
+        stopped = run_ranks(2, obey, corpus, str(run))
+        assert stopped == [(EXIT_STOPPED_FOR_GOOD, [], True)] * 2
+        assert saved(run) == ["step-00000003"]
+    (run / "STOP").unlink()
+    assert run_ranks(2, obey, corpus, str(run)) == [(0, [4, 5, 6, 7, 8], False)] * 2
 
 
 def test_a_run_with_a_stop_file_or_past_its_deadline_trains_nothing(corpus, tmp_path):
