@@ -259,7 +259,7 @@ def _dataset_rows(source: Source) -> Iterator[str]:
         )
     for number, row in enumerate(splits[source.split]):
         where = f"--dataset {source.name} split {source.split} row {number}"
-        yield text_files.text_of(row, source.text_field, where)
+        yield text_files.text_of(row, source.text_field, where, MAX_DOCUMENT_BYTES)
 
 
 def with_split(source: Source, split: str) -> Source:

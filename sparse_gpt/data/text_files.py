@@ -187,7 +187,7 @@ def _jsonl(path: Path, file: BinaryIO, text_field: str, limit: int) -> Iterator[
             row = parse(line.removeprefix(b"\xef\xbb\xbf"), unique=False)
         except ValueError as error:
             raise UserError(f"{where} is not valid JSON ({error})") from error
-        yield text_of(row, text_field, where)
+        yield text_of(row, text_field, where, limit)
 
 
 def _parquet(path: Path, text_field: str, limit: int) -> Iterator[str]:
@@ -205,20 +205,18 @@ def _parquet(path: Path, text_field: str, limit: int) -> Iterator[str]:
             number = 0
             for batch in file.iter_batches(batch_size=64, columns=[text_field]):
                 for value in batch.column(0):
-                    text = text_of({text_field: value.as_py()}, text_field, f"{path} row {number}")
-                    if len(text) > limit:
-                        raise UserError(
-                            f"{path} row {number} is a document of more than {limit:,} bytes; "
-                            "split it"
-                        )
-                    yield text
+                    row = {text_field: value.as_py()}
+                    yield text_of(row, text_field, f"{path} row {number}", limit)
                     number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a readable parquet file: {str(error)[:500]}") from error
 
 
-def text_of(row: Any, text_field: str, where: str) -> str:
-    """The text field of a row; UserError where it is missing, not a string, or not Unicode."""
+def text_of(row: Any, text_field: str, where: str, limit: int) -> str:
+    """The text field of a row.
+
+    UserError where it is missing, not a string, not Unicode, or of more than `limit` bytes.
+    """
     if not isinstance(row, Mapping):
         raise UserError(f"{where} is not an object with a {text_field!r} field")
     if text_field not in row:
@@ -228,10 +226,12 @@ def text_of(row: Any, text_field: str, where: str) -> str:
     if not isinstance(text, str):
         raise UserError(f"{where}: field {text_field!r} is {type(text).__name__}, not a string")
     try:
-        text.encode()
+        size = len(text.encode())
     except UnicodeEncodeError as error:
         raise UserError(
             f"{where}: field {text_field!r} has a lone surrogate at character {error.start}, "
             "which is not text"
         ) from error
+    if size > limit:
+        raise UserError(f"{where} is a document of more than {limit:,} bytes; split it")
     return text

@@ -67,6 +67,18 @@ def test_dataset_that_is_not_there(mirror, tmp_path):
         list(iter_documents(source))
 
 
+def test_rows_over_the_limit(mirror, monkeypatch):
+    """Of a data set as of a file: in bytes, and the row is named."""
+    table = pyarrow.table({"text": ["short", "漢" * 400]})
+    pyarrow.parquet.write_table(table, mirror / "small-v1" / "test-00000-of-00001.parquet")
+    source = corpus.dataset(str(mirror), config="small-v1", split="test")
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 1200)
+    assert len(list(iter_documents(source))) == 2
+    monkeypatch.setattr(corpus, "MAX_DOCUMENT_BYTES", 1199)
+    with pytest.raises(UserError, match="split test row 1 is a document of more than 1,199 bytes"):
+        list(iter_documents(source))
+
+
 def test_dataset_code_is_refused_and_never_run(mirror, tmp_path):
     witness = tmp_path / "ran"
     (mirror / "things.py").write_text(f"open({str(witness)!r}, 'w').close()\n")

@@ -102,6 +102,15 @@ def test_documents_over_the_limit(tmp_path, name):
         _read(_write(tmp_path / name, line), limit=1000)
 
 
+def test_the_limit_of_a_row_is_of_bytes(tmp_path):
+    """Of 400 characters, which are 1,200 bytes."""
+    table = pyarrow.table({"text": ["short", "漢" * 400]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert len(_read(tmp_path / "a.parquet", limit=1200)) == 2
+    with pytest.raises(UserError, match="row 1 is a document of more than 1,199 bytes; split it"):
+        _read(tmp_path / "a.parquet", limit=1199)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.txt.gz", "a.txt.zst"])
 @pytest.mark.parametrize("damage", ["cut", "changed", "other"])
 def test_damaged_compression(tmp_path, name, damage):
