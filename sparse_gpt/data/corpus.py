@@ -8,7 +8,7 @@ import platform
 import sysconfig
 import tokenize
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ import yaml
 from sparse_gpt.data import text_files
 from sparse_gpt.data.wikitext import detokenise_wikitext, wikitext_articles
 from sparse_gpt.errors import UserError
+from sparse_gpt.json_file import LARGEST
 
 MAX_DOCUMENT_BYTES = 1 << 30
 STDLIB_BYTES = 10_000_000
@@ -228,6 +229,8 @@ def refuse_elsewhere(folder: Path, where: str) -> None:
     ):
         if not path.is_file():
             continue
+        if path.stat().st_size > LARGEST:
+            raise UserError(f"{where}: {path} has more than {LARGEST:,} bytes; nothing reads them")
         try:
             described = read(path)
         except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -260,8 +263,3 @@ def _dataset_rows(source: Source) -> Iterator[str]:
     for number, row in enumerate(splits[source.split]):
         where = f"--dataset {source.name} split {source.split} row {number}"
         yield text_files.text_of(row, source.text_field, where, MAX_DOCUMENT_BYTES)
-
-
-def with_split(source: Source, split: str) -> Source:
-    """The same data set's other split."""
-    return replace(source, split=split)

@@ -16,7 +16,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.hf.layout import INDEX_FILE, MODEL_TYPE, WEIGHTS_FILE, Entry, layout, prefix
 from sparse_gpt.json_file import read_object
 from sparse_gpt.model.gpt import GPTConfig, check_modules
-from sparse_gpt.model_files import PICKLES
+from sparse_gpt.model_files import PICKLES, refuse_code
 from sparse_gpt.ops import ACTIVATIONS
 
 # What GPT2Config assumes where config.json is silent, for every key that changes the function.
@@ -70,6 +70,7 @@ class ImportedWeights:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        refuse_code(self.path)
         self.gpt_config = _read_config(self.path)
         self._stored = _stored_tensors(self.path, prefix(self.gpt_config))
         try:

@@ -108,6 +108,7 @@ def test_half_precision_becomes_fp32(folder):
     [
         ({"model_type": "llama"}, "model_type 'llama'.*only GPT-2"),
         ({"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification"),
+        ({"auto_map": {"AutoModel": "x.y"}}, "config.json: auto_map names code of its own"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx: True"),
         ({"reorder_and_upcast_attn": True}, "reorder_and_upcast_attn: True"),
         ({"scale_attn_weights": False}, "scale_attn_weights: False"),
@@ -129,6 +130,12 @@ def test_refused_configs(folder, changes, message):
     edit_config(folder, **changes)
     with pytest.raises(UserError, match=message):
         import_folder(folder)
+
+
+def test_an_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "who/what"}')
+    with pytest.raises(UserError, match=r"adapter_config.json: an adapter names another model"):
+        ImportedWeights(folder)
 
 
 def test_an_untied_head_is_refused(folder):

@@ -218,3 +218,12 @@ def test_a_harmless_data_set_is_read(tmp_path):
     folder = _set(tmp_path, {})
     source = corpus.dataset(str(folder), split="train")
     assert list(corpus.iter_documents(source)) == ["harmless"]
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_description_without_end(tmp_path, refused, name):
+    folder = _set(tmp_path, {})
+    with open(folder / name, "wb") as file:
+        file.truncate(1 << 40)
+    with refused(folder / name, "has more than 16,777,216 bytes"):
+        list(corpus.iter_documents(corpus.dataset(str(folder), split="train")))
