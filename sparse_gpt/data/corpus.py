@@ -230,7 +230,10 @@ def refuse_elsewhere(folder: Path, where: str) -> None:
         if not path.is_file():
             continue
         if path.stat().st_size > LARGEST:
-            raise UserError(f"{where}: {path} has more than {LARGEST:,} bytes; nothing reads them")
+            raise UserError(
+                f"{where}: {path} has more than {LARGEST:,} bytes, too many for a description; "
+                "move it away"
+            )
         try:
             described = read(path)
         except (ValueError, RecursionError, yaml.YAMLError) as error:
