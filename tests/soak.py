@@ -3,8 +3,9 @@
     python tests/soak.py --minutes 60 --out docs/results/soak.json
 
 Trains a tiny model with dropout and RigL on 2 ranks (CPU, ZeRO 2), starts it again after every
-fault, and then compares every number of its log and every file of its last checkpoint with those
-of an undisturbed run, which takes about two thirds as long again. Exit code 0 where all are equal.
+fault, and ends it at a save once the time is over. Then compares every number of its log and every
+file of that checkpoint with those of an undisturbed run to the same step, which takes about two
+thirds as long again. Exit code 0 where all are equal.
 """
 
 import argparse
@@ -23,23 +24,24 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sparse_gpt.train.checkpoint_files import list_steps
 from tests.crash.runs import RANKS, SCRIPT, curve, digests, write_config
-from tests.faults.soak_faults import FAULTS, Run, Surprise
-from tests.launcher import run_deepspeed, start_deepspeed
+from tests.faults.soak_faults import FAULTS, Run, Surprise, stop_file
+from tests.launcher import start_deepspeed
 from tests.tiny import write_corpus
 
-SHARE = 0.6  # of the time that goes into steps; the rest goes into starts
-PROBE_STEPS, PROBE_SECONDS = 100_000, 12.0
+STEPS = 1_000_000  # of both runs' schedules: more than the time is enough for
+PROBE_SECONDS = 12.0
 SAVE_SECONDS = 4.0  # between two saves, about
 
 
-def configure(folder: Path, corpus: Path, steps: int, every: int) -> Path:
+def configure(folder: Path, corpus: Path, every: int) -> Path:
     return write_config(
         folder,
         corpus,
-        max_steps=steps,
+        max_steps=STEPS,
         sparsity={"sparsity": 0.75, "algorithm": "rigl", "update": {"freq": 10}},
-        checkpoint={"every": every},
+        checkpoint={"every": every, "keep_last": 4},
         evaluation={"every": 5 * every, "sequences": 8},
         timeouts={"silence": 10.0, "progress": 20.0},
     )
@@ -47,10 +49,10 @@ def configure(folder: Path, corpus: Path, steps: int, every: int) -> Path:
 
 def measure_pace(folder: Path, corpus: Path) -> float:
     """Steps a second of a run left alone."""
-    config = configure(folder, corpus, PROBE_STEPS, PROBE_STEPS)
+    config = configure(folder, corpus, STEPS)
     with start_deepspeed(SCRIPT, [config], RANKS) as launch:
         launch.wait_for_output("train      step 20/")
-        run = Run(folder / "run", launch, random.Random(0), PROBE_STEPS)
+        run = Run(folder / "run", launch, random.Random(0))
         began = time.monotonic()
         first = run.last_step()
         time.sleep(PROBE_SECONDS)
@@ -61,9 +63,9 @@ class Soak:
     """The disturbed run: its starts, its faults, and what went otherwise than it should."""
 
     def __init__(
-        self, folder: Path, config: Path, steps: int, seed: int, seconds: float, interval: float
+        self, folder: Path, config: Path, every: int, seed: int, seconds: float, interval: float
     ):
-        self.folder, self.config, self.steps = folder, config, steps
+        self.folder, self.config, self.every = folder, config, every
         self.generator = random.Random(seed)
         self.seconds, self.interval = seconds, interval
         self.began = time.monotonic()
@@ -72,18 +74,18 @@ class Soak:
         self.surprises: list[str] = []
         self._kinds: list[str] = []
 
-    def run(self) -> None:
-        """Until the run has ended by itself; without new faults once the time is over."""
+    def run(self) -> int:
+        """Faults until the time is over, then an end at a save; the step of that save."""
         due = time.monotonic() + self._pause()
         while True:
             self.starts += 1
             environment = {"SAVE_FAULT": str(self.folder / "fault")}
             script = "tests/faults/driver.py"
             with start_deepspeed(script, [self.config], RANKS, environment) as launch:
-                run = Run(self.folder / "run", launch, self.generator, self.steps)
-                if run.wait_until(due if self._time_is_left() else None):
-                    if launch.process.returncode == 0:
-                        return
+                run = Run(self.folder / "run", launch, self.generator)
+                if not self._time_is_left():
+                    return end_after(run, self.every * (run.last_step() // self.every + 2))
+                if run.wait_until(due):
                     self._surprised("without a fault", launch)
                     continue
                 self._inject(self._next_kind(), run)
@@ -121,9 +123,22 @@ class Soak:
             raise SystemExit("too many surprises")
 
 
+def end_after(run: Run, step: int) -> int:
+    """End a run once it has saved that step, which is returned."""
+    while step not in list_steps(run.checkpoints):
+        if run.launch.process.poll() is not None:
+            raise SystemExit(f"ended before step {step}:\n{run.launch.output[-3000:]}")
+        time.sleep(0.1)
+    stop_file(run)
+    return step
+
+
 def compare(run: Path, other: Path, steps: int) -> dict[str, Any]:
-    """Every number of both logs, and every file of both last checkpoints."""
-    mine, theirs = curve(run), curve(other)
+    """Every number of both logs up to a step, and every file of both its checkpoints."""
+    mine, theirs = (
+        {key: numbers for key, numbers in curve(one).items() if key[1] <= steps}
+        for one in (run, other)
+    )
     losses = [key for key in theirs if key[0] in ("train", "validation")]
     missing = [str(key) for key in sorted(mine.keys() ^ theirs.keys())]
     both = mine.keys() & theirs.keys()
@@ -138,7 +153,7 @@ def compare(run: Path, other: Path, steps: int) -> dict[str, Any]:
             (abs(mine[key][0] - theirs[key][0]) for key in losses if key in both), default=0.0
         ),
         "lines_of_one_run_alone": missing[:20],
-        "files_of_the_last_checkpoint": len(files),
+        "files_of_the_checkpoint": len(files),
         "files_that_differ": differing,
     }
 
@@ -146,22 +161,18 @@ def compare(run: Path, other: Path, steps: int) -> dict[str, Any]:
 def soak(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     corpus = write_corpus(work / "corpus", 300, 6)
     pace = measure_pace(work / "probe", corpus)
-    steps = arguments.steps or max(200, int(pace * 60 * arguments.minutes * SHARE))
     every = max(1, round(pace * SAVE_SECONDS))
-    print(f"{pace:.1f} steps/s, {steps} steps, a save every {every}", flush=True)
+    print(f"{pace:.1f} steps/s, a save every {every}", flush=True)
     disturbed = work / "disturbed"
-    config = configure(disturbed, corpus, steps, every)
+    config = configure(disturbed, corpus, every)
     seconds = 60 * arguments.minutes
-    made = Soak(disturbed, config, steps, arguments.seed, seconds, arguments.interval)
-    made.run()
+    made = Soak(disturbed, config, every, arguments.seed, seconds, arguments.interval)
+    steps = made.run()
     minutes = (time.monotonic() - made.began) / 60
-    print(f"{minutes:6.1f} min  ended; now the undisturbed run", flush=True)
+    print(f"{minutes:6.1f} min  ended after step {steps}; now the undisturbed run", flush=True)
     began, whole = time.monotonic(), work / "whole"
-    result = run_deepspeed(
-        SCRIPT, [configure(whole, corpus, steps, every)], RANKS, timeout=10 * 3600
-    )
-    if result.returncode:
-        raise SystemExit(f"the undisturbed run failed:\n{result.stdout[-3000:]}")
+    with start_deepspeed(SCRIPT, [configure(whole, corpus, every)], RANKS) as launch:
+        end_after(Run(whole / "run", launch, random.Random(0)), steps)
     compared = compare(disturbed / "run", whole / "run", steps)
     equal = not (
         compared["numbers_that_differ"]
@@ -191,7 +202,6 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=60, help="of the run that meets faults")
     parser.add_argument("--out", type=Path, help="where the summary goes, as JSON")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, help="default: as many as take that long")
     parser.add_argument("--interval", type=float, default=60, help="seconds between faults, about")
     parser.add_argument("--work", type=Path, help="keep both runs in this (new) folder")
     arguments = parser.parse_args()

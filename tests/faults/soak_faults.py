@@ -27,10 +27,10 @@ class Surprise(Exception):
 
 
 class Run:
-    """A run that is going on: its folder, its command and the number of its steps."""
+    """A run that is going on: its folder and its command."""
 
-    def __init__(self, folder: Path, launch: Launch, generator: random.Random, steps: int):
-        self.folder, self.launch, self.generator, self.steps = folder, launch, generator, steps
+    def __init__(self, folder: Path, launch: Launch, generator: random.Random):
+        self.folder, self.launch, self.generator = folder, launch, generator
         self.checkpoints = folder / "checkpoints"
 
     @property
@@ -50,11 +50,10 @@ class Run:
                 return json.loads(line)["step"]
         return 0
 
-    def wait_until(self, due: float | None) -> bool:
+    def wait_until(self, due: float) -> bool:
         """Until that time, but not before this start has made a step; whether it ended before."""
         while self.launch.process.poll() is None:
-            late = due is not None and time.monotonic() >= due
-            if late and "train      step " in self.launch.output:
+            if time.monotonic() >= due and "train      step " in self.launch.output:
                 return False
             time.sleep(0.1)
         return True
@@ -67,8 +66,6 @@ class Run:
                 raise Surprise(f"it did not end in {END_SECONDS:g} s")
             time.sleep(0.1)
         code = self.launch.process.returncode
-        if code == 0 and self.last_step() >= self.steps:
-            return "it had just ended"
         if code not in codes if codes is not None else code in NOT_LOST:
             raise Surprise(f"it ended with code {code}")
         output = self.launch.output
