@@ -217,10 +217,12 @@ def _sample(
     for number, document in enumerate(survey.read()):
         if holdout.split_of(number) != "train":
             continue
+        new = 1
         for piece in _line_groups(document.text):
             if mix64(key ^ piece_number) < bound:
                 yield piece
-                progress.add(len(piece.encode()), 0)
+                progress.add(len(piece.encode()), new)
+                new = 0
             piece_number += 1
 
 

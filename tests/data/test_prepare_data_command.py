@@ -44,6 +44,8 @@ def test_files(texts, tmp_path):
     assert data.split("val").n_documents == 4
     assert data.tokenizer_sha256 in result.stdout
     assert f"{data.split('train').n_tokens:,}" in result.stdout
+    sampling = next(line for line in result.stderr.splitlines() if "sampling" in line)
+    assert "sampling train for the tokenizer: done" in sampling and "46 documents" in sampling
     assert "tokenising: done" in result.stderr and "\x1b[" not in result.stderr
 
 
