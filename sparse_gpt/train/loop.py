@@ -265,9 +265,9 @@ class Trainer:
         saved.restore(manifest["state"], newest)
         state.roll_back(saved)
         self.checkpointer.forget_unsure()
-        self.metrics.rewind(state.step)
+        values = {"because": what, "bad_steps": self.metrics.rewind(state.step)}
         skipped = state.samples - saved.samples
-        values = {"because": what, "skipped_samples": skipped, "rollbacks": state.rollbacks}
+        values |= {"skipped_samples": skipped, "rollbacks": state.rollbacks}
         self.metrics.log("rollback", state.step, values)
         self.metrics.say(
             f"rolled back to step {state.step}  {newest}: {what}; {skipped} samples are skipped"

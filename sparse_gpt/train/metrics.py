@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.json_file import parse_object, read_lines
 from sparse_gpt.train.board import Board
 
+REPORTS = 64  # of bad steps that a rollback's line keeps: some KiB each, of a line's MiB
 FORMATS = {
     "loss": "{:.4f}",
     "median": "{:.4f}",
@@ -100,15 +103,28 @@ class Metrics:
             self._task = self._progress.add_task("steps", total=self.total_steps, completed=step)
             self._progress.start()
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines after `step` steps: the run goes on from there once more."""
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines after `step` steps: the run goes on from there once more.
+
+        Returns what they told of bad steps, the last `REPORTS` of them.
+        """
         if not self.active:
-            return
+            return []
+        bad = deque(self._bad_steps_after(step), maxlen=REPORTS)
         self._file.close()
         self._close_board()
         self._waiting = b""  # of steps after that: what came before was written with its checkpoint
         self._open(step)
         self.advance(step)
+        return list(bad)
+
+    def _bad_steps_after(self, step: int) -> Iterator[dict[str, Any]]:
+        for line in chain(read_lines(self.path), self._waiting.splitlines()):
+            with contextlib.suppress(ValueError):  # half written, as in `_lines_until`
+                record = parse_object(line)
+                at = record.get("step")
+                if record.get("kind") == "nonfinite" and isinstance(at, int) and at > step:
+                    yield {"step": at, "found": record.get("found")}
 
     def _open(self, step: int) -> None:
         self._trim(step)

@@ -128,6 +128,10 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_the_data_after(corpus, tmp_
     assert state["rollbacks"] == 1 and state["tokens"] == 88 * 32
     (record,) = records(run, "rollback")
     assert record["step"] == 4 and record["skipped_samples"] == 24
+    assert [bad["step"] for bad in record["bad_steps"]] == [6, 7]
+    for bad in record["bad_steps"]:  # no other line of the log tells of them any more
+        assert f"skipped    step {bad['step']}  {bad['found']}" in first["said"]
+    assert not records(run, "nonfinite")
     assert [r["step"] for r in records(run, "train")] == list(range(1, 9))
     assert any(text.startswith("rolled back to step 4  ") for text in first["said"])
     assert all(math.isfinite(float(r["loss"])) for r in records(run, "train"))
