@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from sparse_gpt.data import text_files
+from sparse_gpt.data import dataset_files, text_files
 from sparse_gpt.data.wikitext import detokenise_wikitext, wikitext_articles
 from sparse_gpt.errors import UserError
 from sparse_gpt.json_file import LARGEST
@@ -193,10 +193,19 @@ def _open_dataset(name: str, config: str | None) -> Any:
         refuse_elsewhere(Path(name), f"--dataset {name}")
     datasets = _import_datasets()
     try:
-        # Streaming: nothing is copied to a cache, and only what is read is downloaded.
-        return datasets.load_dataset_builder(name, config).as_streaming_dataset()
+        with dataset_files.watched(MAX_DOCUMENT_BYTES):
+            builder = datasets.load_dataset_builder(name, config)
+            if builder.__module__.endswith(".webdataset"):
+                raise UserError(
+                    f"--dataset {name} is of tar archives, which the library unpacks and decodes "
+                    "without a bound; unpack them, and give the texts to --input"
+                )
+            # Streaming: nothing is copied to a cache, and only what is read is downloaded.
+            return builder.as_streaming_dataset()
+    except UserError:
+        raise
     except Exception as error:  # the library raises many types; the user sees its message
-        detail = str(error).strip().split("\n")[0][:500] or type(error).__name__
+        detail = dataset_files.first_line(error)
         raise UserError(
             f"--dataset {name} (--config {config}) cannot be opened: {detail}"
         ) from error
@@ -258,11 +267,11 @@ def _strings(value: Any, seen: set[int]) -> Iterator[str]:
 
 def _dataset_rows(source: Source) -> Iterator[str]:
     splits = _open_dataset(source.name, source.config)
+    what = f"--dataset {source.name} split {source.split}"
     if source.split not in splits:
         raise UserError(
             f"--dataset {source.name} has no split {source.split!r}; it has: {', '.join(splits)}; "
             "choose with --split-map, for example train=validation"
         )
-    for number, row in enumerate(splits[source.split]):
-        where = f"--dataset {source.name} split {source.split} row {number}"
+    for where, row in dataset_files.rows(splits[source.split], what, MAX_DOCUMENT_BYTES):
         yield text_files.text_of(row, source.text_field, where, MAX_DOCUMENT_BYTES)

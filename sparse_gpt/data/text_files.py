@@ -5,19 +5,16 @@ A txt file is one document; jsonl and parquet hold one in the text field of each
 
 import gzip
 import io
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sparse_gpt.data.decompression import Watched, zstd
 from sparse_gpt.errors import UserError
 from sparse_gpt.json_file import parse
 
-# No text expands like this: gzip's most is 1,032-fold, of zeros, and a text's usual 3- to 10-fold.
-MAX_EXPANSION = 200
 _PIECE = 1 << 20
-FREE_BYTES = 1 << 26  # decompressed before the expansion is looked at
 EXTENSIONS = (".txt", ".jsonl", ".parquet", ".txt.gz", ".txt.zst", ".jsonl.gz", ".jsonl.zst")
 
 
@@ -78,85 +75,17 @@ def read_texts(
             yield _decode(content, encoding, str(path))
 
 
-class _Watched(io.RawIOBase):
-    """Decompressed bytes, as long as they are not absurdly many for the compressed ones read."""
-
-    def __init__(self, path: Path, raw: BinaryIO, decompressed: Any):
-        self._path, self._raw, self._source, self._given = path, raw, decompressed, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        n = self._source.readinto(buffer)
-        self._given += n
-        if self._given > FREE_BYTES and self._given > MAX_EXPANSION * self._raw.tell():
-            raise UserError(
-                f"{self._path} expands more than {MAX_EXPANSION}-fold, which no text does; if it "
-                "is one, decompress it first"
-            )
-        return n
-
-
-class _ZstdReader(io.RawIOBase):
-    """Decompressed bytes of a file of zstd frames; EOFError where the last one is cut short.
-
-    (The library's own stream reader ends there as if the file were whole.)
-    """
-
-    # Small, because one byte can expand to 32 KiB: bounds the memory a hostile file can take.
-    _CHUNK = 1024
-
-    def __init__(self, raw: BinaryIO):
-        self._raw, self._frame, self._ready = raw, None, memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any, /) -> int:
-        while not self._ready:
-            chunk = self._raw.read(self._CHUNK)
-            if not chunk:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            self._ready = memoryview(self._decompress(chunk))
-        n = min(len(buffer), len(self._ready))
-        buffer[:n] = self._ready[:n]
-        self._ready = self._ready[n:]
-        return n
-
-    def _decompress(self, chunk: bytes) -> bytes:
-        import zstandard
-
-        out = []
-        while chunk:
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor().decompressobj()
-            out.append(self._frame.decompress(chunk))
-            chunk = b""
-            if self._frame.eof:
-                chunk, self._frame = self._frame.unused_data, None
-        return b"".join(out)
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The decompressed bytes of a file; damage in the compressed stream becomes a UserError."""
-    import zstandard
-
-    try:
-        with open(path, "rb") as raw:
-            if path.suffix == ".gz":
-                with gzip.GzipFile(fileobj=raw, mode="rb") as file:
-                    yield io.BufferedReader(_Watched(path, raw, file), 1 << 20)  # pyright: ignore[reportReturnType]
-            elif path.suffix == ".zst":
-                watched = _Watched(path, raw, _ZstdReader(raw))
-                yield io.BufferedReader(watched, 1 << 20)  # pyright: ignore[reportReturnType]
-            else:
-                yield raw
-    except (gzip.BadGzipFile, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+    with open(path, "rb") as raw:
+        if path.suffix == ".gz":
+            with gzip.GzipFile(fileobj=raw, mode="rb") as file:
+                yield io.BufferedReader(Watched(path, raw, file), _PIECE)
+        elif path.suffix == ".zst":
+            yield io.BufferedReader(Watched(path, raw, zstd(raw)), _PIECE)
+        else:
+            yield raw
 
 
 def _decode(content: bytes | bytearray, encoding: str, where: str) -> str:
