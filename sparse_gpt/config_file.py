@@ -100,6 +100,10 @@ def _where(place: Any) -> str:
 
 
 _TEXT = yaml.resolver.BaseResolver.DEFAULT_SCALAR_TAG
+_Loader.yaml_implicit_resolvers = {  # without dates, which are text
+    first: [(tag, pattern) for tag, pattern in pairs if tag != "tag:yaml.org,2002:timestamp"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 _Loader.add_constructor(_TEXT, _text)
 _Loader.add_constructor("tag:yaml.org,2002:int", _int)

@@ -52,7 +52,8 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"[rank {rank}] "
-        print(f"{where}error: {error}", file=sys.stderr, flush=True)
+        # With its end in one write: `deepspeed` runs ranks unbuffered, and they say it at once.
+        print(f"{where}error: {error}\n", end="", file=sys.stderr, flush=True)
         code = error.code
     except Stopped as stopped:
         code = stopped.code

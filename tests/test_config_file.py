@@ -173,6 +173,14 @@ def test_overrides(file):
     assert config.output_dir is None
 
 
+@pytest.mark.parametrize("given", ["2026-12-01T12:00:00", "2026-12-01 12:00:00Z", "2026-12-01"])
+def test_a_time_needs_no_quotes(file, given):
+    """YAML's dates are text here, in a file as in an override."""
+    assert load_config(file, [f"checkpoint.deadline={given}"]).checkpoint.deadline == given
+    file.write_text(TEXT + f"checkpoint:\n  deadline: {given}\n")
+    assert load_config(file).checkpoint.deadline == given
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -3,8 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from sparse_gpt.errors import UserError, run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 # What threads of an exchange do at the interpreter's end: they abort the process.
@@ -19,6 +22,19 @@ def main():
     raise {error}
 run_main(main)
 """
+
+
+def test_an_error_is_one_write(monkeypatch):
+    """Two ranks say theirs at once, unbuffered, and no line is of both."""
+    pieces = []
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(write=pieces.append, flush=lambda: None))
+
+    def main():
+        raise UserError("bad key")
+
+    with pytest.raises(SystemExit):
+        run_main(main)
+    assert [piece for piece in pieces if piece] == ["error: bad key\n"]
 
 
 @pytest.mark.parametrize(

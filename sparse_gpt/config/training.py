@@ -1,8 +1,8 @@
 """Sections of training: data, optimizer, schedule, DeepSpeed, checkpoints, logs."""
 
-from datetime import date, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -125,18 +125,13 @@ class CheckpointConfig(Section):
     deadline: Annotated[float, Field(gt=0.0)] | str | None = None
     deadline_margin: Annotated[float, Field(ge=0.0)] = 2.0
 
-    @field_validator("deadline", mode="before")
-    @classmethod
-    def _as_text(cls, value: Any) -> Any:
-        return value.isoformat() if isinstance(value, date) else value  # YAML knows times
-
     @field_validator("deadline")
     @classmethod
     def _check_time(cls, value: float | str | None) -> float | str | None:
         if isinstance(value, str) and value != "slurm":
             try:
-                datetime.fromisoformat(value)
-            except ValueError:
+                datetime.fromisoformat(value).timestamp()
+            except (ValueError, OverflowError):
                 raise ValueError(
                     f"{value!r} is neither minutes nor slurm, nor an ISO time such as "
                     "2026-05-01T18:00+02:00"

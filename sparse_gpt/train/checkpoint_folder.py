@@ -12,9 +12,10 @@ import contextlib
 import itertools
 import logging
 import shutil
+import uuid
 from pathlib import Path
 
-from sparse_gpt.durable import exchange, fsync_path, make_folder
+from sparse_gpt.durable import exchange, fsync_path, make_folder, write_bytes
 from sparse_gpt.errors import UserError
 from sparse_gpt.train.checkpoint_files import CheckpointReader, list_steps, step_folder
 
@@ -22,10 +23,16 @@ log = logging.getLogger(__name__)
 
 RETIRED = ".old.tmp"
 REPLACED = ".replaced.tmp"  # put back where its successor did not come
+ID = ".id"  # in the folder: what tells it from the empty one of a disk that is not mounted
 
 
 class Unconfirmed(UserError):
     """A checkpoint has its name, but the disk did not confirm it: a power cut may undo that."""
+
+
+def is_there(path: Path) -> bool:
+    """Whether that is a folder of checkpoints, though there may be none in it yet."""
+    return (path / ID).is_file()
 
 
 class CheckpointFolder:
@@ -33,7 +40,7 @@ class CheckpointFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._was_there = False
+        self._id: bytes | None = None
         self._warned = False
 
     def ready(self) -> None:
@@ -41,21 +48,29 @@ class CheckpointFolder:
 
         `UserError` where it has gone meanwhile: made anew, it would be on another disk.
         """
-        if self._was_there and not self.path.is_dir():
+        self._check()
+        if self._id is None:
+            make_folder(self.path)
+            if not is_there(self.path):
+                write_bytes(self.path / ID, uuid.uuid4().hex.encode())
+            self._id = (self.path / ID).read_bytes()
+        self._put_back()
+        self._remove(list(self.path.glob("*.tmp")))
+
+    def _check(self) -> None:
+        if self._id is not None and not (
+            is_there(self.path) and (self.path / ID).read_bytes() == self._id
+        ):
             raise UserError(
                 "it was there before and is gone (a file system that is not mounted any more?); "
                 "bring it back with the checkpoints in it, then start the run again"
             )
-        make_folder(self.path)
-        self._was_there = True
-        self._put_back()
-        self._remove(list(self.path.glob("*.tmp")))
 
     def newest(self, tag: str) -> Path | None:
-        """The newest published checkpoint of a tag."""
+        """The newest published checkpoint of a tag; `UserError` as `ready`."""
+        self._check()
         if not self.path.is_dir():
             return None
-        self._was_there = True
         self._put_back()
         steps = list_steps(self.path, tag)
         return self.path / step_folder(steps[-1], tag) if steps else None

@@ -425,6 +425,8 @@ class Trainer:
         """Save now; first the log, a run that goes on repeats none of it. A collective."""
         self.watch.mark()
         on_first_rank(self.metrics.sync, "the log of the run")
+        if shared := on_first_rank(self.folder.check, "output_dir"):
+            raise InUse(f"output_dir: {shared}")
         path = self.checkpointer.save(self.state.step, asdict(self.state), tag)
         self.watch.rest()
         self.metrics.say(f"saved      step {self.state.step}  {path}")

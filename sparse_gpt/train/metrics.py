@@ -7,6 +7,7 @@ not take wait in memory; no checkpoint is saved before they, too, are on the dis
 """
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -83,6 +84,8 @@ class Metrics:
         if not self.active:
             return
         self._open(step)
+        if step >= self._config.every and not self.path.stat().st_size:
+            self.say(f"warning: {self.path} is gone or empty: the log begins after step {step}")
         if self._config.wandb:
             try:
                 import wandb  # pyright: ignore[reportMissingImports]
@@ -187,11 +190,21 @@ class Metrics:
         self.say(f"{kind:<10} step {step}/{self.total_steps}  {shown}")
 
     def sync(self) -> None:
-        """All that was logged is on the disk; `OSError` where it cannot be."""
+        """All that was logged is on the disk; `OSError` where it cannot be, or the log is gone."""
         if self.active and self._file is not None:
             self._write_waiting()
             os.fsync(self._file.fileno())
+            if not self._has_its_name():
+                said = "removed or replaced in the run; the next start goes on without its lines"
+                raise OSError(errno.ESTALE, said, str(self.path))
             self._troubled = False
+
+    def _has_its_name(self) -> bool:
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(os.fstat(self._file.fileno()), there)
 
     def _write_waiting(self) -> None:
         while self._waiting:

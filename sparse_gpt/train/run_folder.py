@@ -15,6 +15,7 @@ from pathlib import Path
 from sparse_gpt.data.tokenizer import copy_tokenizer
 from sparse_gpt.durable import make_folder
 from sparse_gpt.json_file import read_object
+from sparse_gpt.train.checkpoint_folder import is_there
 from sparse_gpt.train.provenance import write_provenance
 
 LOCK = ".lock"
@@ -39,8 +40,6 @@ class RunFolder:
         probe = self.path / ".probe"
         probe.touch()
         probe.unlink()
-        # Unbuffered: what a full disk does not take must not come up again in `release`.
-        self._lock = open(self.path / LOCK, "ab", buffering=0)  # noqa: SIM115
         deadline, said = time.monotonic() + self.wait, False
         while not self._locked():
             holder = self._holder()
@@ -54,6 +53,7 @@ class RunFolder:
                 self._say(f"waiting for {holder}, which uses {self.path}")
                 said = True
             time.sleep(0.2)
+        assert self._lock is not None
         now = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
         with contextlib.suppress(OSError):  # a full disk is named by what needs it
@@ -61,8 +61,28 @@ class RunFolder:
             self._lock.write(json.dumps(holder).encode())
         return ""
 
+    def check(self) -> str:
+        """What to say where someone removed the lock, so that another run may have the folder."""
+        if self._is_ours():
+            return ""
+        return (
+            f"{self.path / LOCK} was removed or replaced while this run used it, so another may "
+            "write there, too; see to it that only one is left, and start that again"
+        )
+
+    def _is_ours(self) -> bool:
+        """Whether the file that is open has its name still."""
+        try:
+            there = os.stat(self.path / LOCK)
+        except FileNotFoundError:
+            return False
+        return self._lock is not None and os.path.samestat(os.fstat(self._lock.fileno()), there)
+
     def _locked(self) -> bool:
-        assert self._lock is not None
+        if self._lock is None or not self._is_ours():
+            self.release()
+            # Unbuffered: what a full disk does not take must not come up again in `release`.
+            self._lock = open(self.path / LOCK, "ab", buffering=0)  # noqa: SIM115
         try:
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
@@ -71,7 +91,7 @@ class RunFolder:
             if error.errno not in NO_LOCKS:
                 raise
             self._say(f"{self.path}: a file system without locks; see to it that one run uses it")
-        return True
+        return self._is_ours()  # else who had it before has removed it
 
     def _holder(self) -> str:
         try:
@@ -86,7 +106,7 @@ class RunFolder:
 
     def lost(self, checkpoints: Path) -> bool:
         """Whether a run began here whose folder of checkpoints, older than its log, has gone."""
-        return (self.path / "metrics.jsonl").exists() and not checkpoints.is_dir()
+        return (self.path / "metrics.jsonl").exists() and not is_there(checkpoints)
 
     def describe(self, config: str, tokenizer: Path | None, anew: bool) -> None:
         """Provenance, and the tokenizer, so that an export needs nothing else.

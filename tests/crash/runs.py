@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from sparse_gpt.train.checkpoint_folder import ID
+
 STEPS, EVERY, RANKS = 24, 8, 2
 SCRIPT, FAULTY = "launch/pretrain.py", "tests/crash/faulty.py"
 
@@ -48,9 +50,14 @@ def curve(run: Path) -> dict[tuple[str, int], tuple[Any, ...]]:
     return found
 
 
+def folder_names(checkpoints: Path) -> list[str]:
+    """What lies in a folder of checkpoints, but for what tells it from another."""
+    return sorted(path.name for path in checkpoints.iterdir() if path.name != ID)
+
+
 def saved_steps(run: Path) -> list[int]:
     """Steps of the checkpoints; AssertionError where one was left half written."""
-    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    names = folder_names(run / "checkpoints")
     assert all(name.startswith("step-") and name[5:].isdigit() for name in names), names
     return [int(name[5:]) for name in names]
 

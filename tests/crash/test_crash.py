@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.crash.runs import folder_names
 from tests.launcher import BIN, run_deepspeed, start_deepspeed
 from tests.tiny import write_corpus
 
@@ -56,7 +57,7 @@ def curve(run: Path) -> dict[tuple[str, int], tuple]:
 
 
 def saved_steps(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    return folder_names(run / "checkpoints")
 
 
 def final_digests(run: Path) -> dict[str, str]:

@@ -23,9 +23,17 @@ def mount(*arguments):
 
 @pytest.fixture
 def disk(tmp_path):
+    yield from mounted(tmp_path / "disk")
+
+
+@pytest.fixture
+def checkpoints_disk(tmp_path):
+    yield from mounted(tmp_path / "run/checkpoints")
+
+
+def mounted(folder):
     """The folder of a small file system of its own; skipped where none may be mounted."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
+    folder.mkdir(parents=True)
     try:
         made = mount("-t", "tmpfs", "-o", f"size={MEGABYTES}m", "tmpfs", folder)
     except FileNotFoundError:
@@ -131,9 +139,9 @@ def test_a_disk_that_becomes_read_only(corpus, disk):
     tally.add("saves on a real disk that was read-only")
 
 
-def unmounted(corpus, disk):
+def unmounted(corpus, disk, run):
     """The mount goes: its empty folder stays, and must not be taken for it."""
-    with trainer(start(corpus, f"{disk}/run")) as made:
+    with trainer(start(corpus, run)) as made:
         made.fit()
         dist.barrier()
         if dist.get_rank() == 0:
@@ -145,9 +153,29 @@ def unmounted(corpus, disk):
 
 
 def test_a_disk_that_is_unmounted_in_a_run(corpus, disk):
-    for said in run_ranks(2, unmounted, corpus, str(disk)):
-        assert f"{disk}/run/checkpoints" in said and "gone" in said
+    for said in run_ranks(2, unmounted, corpus, str(disk), f"{disk}/run"):
+        assert f"{disk}/run/" in said and "gone" in said
     tally.add("folders that vanished in a run")
+
+
+def unmounted_before(corpus, run):
+    with trainer(start(corpus, run)) as made:
+        with pytest.raises(UserError, match="is gone, but a run began") as caught:
+            made.fit()
+        return str(caught.value)
+
+
+def test_a_disk_with_the_checkpoints_alone_that_is_unmounted(corpus, checkpoints_disk):
+    """In a run, and before the next start of it: neither trains or saves beside it."""
+    run = checkpoints_disk.parent
+    for said in run_ranks(2, unmounted, corpus, str(checkpoints_disk), str(run)):
+        assert f"{run}/checkpoints" in said and "gone" in said
+    log = (run / "metrics.jsonl").read_bytes()
+    for said in run_ranks(2, unmounted_before, corpus, str(run)):
+        assert f"{run}/checkpoints is gone" in said
+    assert (run / "metrics.jsonl").read_bytes() == log and os.listdir(checkpoints_disk) == []
+    tally.add("folders that vanished in a run")
+    tally.add("folders that had vanished at a start")
 
 
 def restarted(corpus, disk):

@@ -10,6 +10,7 @@ import torch
 from sparse_gpt.errors import UserError
 from sparse_gpt.train import checkpoint_files as files
 from tests.contracts.runs import run_config, trainer
+from tests.crash.runs import folder_names
 from tests.ranks import run_ranks
 from tests.tiny import write_corpus
 
@@ -22,7 +23,7 @@ def corpus(tmp_path_factory):
 
 
 def names(folder):
-    return sorted(path.name for path in (Path(folder) / "checkpoints").iterdir())
+    return folder_names(Path(folder) / "checkpoints")
 
 
 def full_disk(corpus, out):

@@ -111,6 +111,36 @@ def test_lines_that_a_full_disk_did_not_take_come_once_there_is_room(tmp_path, c
     assert steps_in(tmp_path) == steps
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_log_that_was_removed_or_replaced_is_told_at_the_next_save(tmp_path, replaced):
+    """Its lines went to a file without a name; no checkpoint is saved as if they were there."""
+    log = metrics(tmp_path)
+    log.start(0)
+    log.log("train", 1, {"loss": 1.0})
+    log.sync()
+    log.path.unlink()
+    if replaced:
+        log.path.touch()
+    with pytest.raises(OSError, match=r"removed or replaced in the run.*metrics\.jsonl"):
+        log.sync()
+    log.close()
+
+
+def test_a_log_that_has_gone_between_two_starts_is_told(tmp_path, capsys):
+    write(tmp_path, range(1, 4))
+    write(tmp_path, [4], start=3)
+    assert "warning" not in capsys.readouterr().out
+    (tmp_path / "metrics.jsonl").unlink()
+    log = metrics(tmp_path, every=4)
+    log.start(4)
+    log.close()
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/metrics.jsonl is gone or empty: the log begins after step 4" in said
+    log.start(3)  # there may have been no line yet
+    assert capsys.readouterr().out == ""
+    log.close()
+
+
 def test_starting_anew_empties_the_log(tmp_path):
     write(tmp_path, range(1, 4))
     write(tmp_path, [1], start=0)

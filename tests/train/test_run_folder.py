@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch.distributed as dist
 
 from sparse_gpt.errors import EXIT_FAILED, InUse
 from sparse_gpt.train import run_folder
+from sparse_gpt.train.checkpoint_files import list_steps
 from sparse_gpt.train.run_folder import RunFolder
 from tests.contracts.runs import run_config, trainer
 from tests.ranks import ROOT, run_ranks
@@ -44,7 +48,8 @@ def held(folder, *words):
             assert process.stdout.readline() == "claimed\n"
             yield process
         finally:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_a_second_run_in_the_folder_of_a_living_one_is_refused_by_its_name(tmp_path, capfd):
@@ -75,6 +80,47 @@ def test_what_a_killed_run_forked_off_does_not_keep_the_folder(tmp_path):
         folder = RunFolder(tmp_path, wait=5.0)
         assert folder.claim() == ""
         folder.release()
+
+
+def test_a_lock_that_was_removed_is_told_to_whom_it_was(tmp_path):
+    folder, other = RunFolder(tmp_path, wait=0.0), RunFolder(tmp_path, wait=0.0)
+    assert folder.claim() == folder.check() == ""
+    (tmp_path / ".lock").unlink()
+    assert f"{tmp_path}/.lock was removed or replaced" in folder.check()
+    with held(tmp_path):
+        assert "was removed or replaced" in folder.check()
+        assert "in use by" in other.claim()
+    assert folder.claim() == folder.check() == ""
+    folder.release()
+
+
+def test_a_lock_that_is_removed_while_a_run_waits_for_it_is_not_taken_for_the_folders(tmp_path):
+    """The one it gets at last has no name any more; that in its place is another run's."""
+    with held(tmp_path) as first:
+        waiting = RunFolder(tmp_path, wait=0.0)
+        waiting._lock = open(tmp_path / ".lock", "ab", buffering=0)  # noqa: SIM115
+        (tmp_path / ".lock").unlink()
+        with held(tmp_path) as second:
+            first.kill()
+            first.wait()
+            assert f"in use by process {second.pid} " in waiting.claim()
+
+
+def saved_without_lock(corpus, out):
+    with trainer(run_config(corpus, out, stop_at=1)) as made:
+        made.fit()
+        if dist.get_rank() == 0:
+            (made.run_dir / ".lock").unlink()
+        made.state.step = 2
+        with pytest.raises(InUse, match="was removed or replaced") as caught:
+            made.save()
+        return caught.value.code, list_steps(made.run_dir / "checkpoints")
+
+
+def test_no_rank_of_a_run_whose_lock_is_gone_saves(tmp_path):
+    corpus = str(write_corpus(tmp_path / "tiny", documents=40))
+    out = str(tmp_path / "run")
+    assert run_ranks(2, saved_without_lock, corpus, out) == [(EXIT_FAILED, [1])] * 2
 
 
 def second_run(corpus, out):

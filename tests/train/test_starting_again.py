@@ -157,15 +157,26 @@ def test_resumed_runs_validate_and_stop_early_as_uninterrupted_ones(corpus, tmp_
     assert f"nothing to do: the run ended at step {last}" in over["said"]
 
 
-def test_a_folder_of_checkpoints_that_has_gone_does_not_begin_the_run_anew(corpus, again):
+@pytest.mark.parametrize("left", ["nothing", "an empty folder"])
+def test_a_folder_of_checkpoints_that_has_gone_does_not_begin_the_run_anew(corpus, again, left):
     """A disk that is not mounted: the log stays, and brought back all goes on."""
     log, checkpoints = again / "metrics.jsonl", again / "checkpoints"
     before = log.read_bytes()
     checkpoints.rename(again / "elsewhere")
+    if left != "nothing":
+        checkpoints.mkdir()  # where the disk was mounted
     outcome = started(corpus, again)
     assert f"{checkpoints} is gone, but a run began in {again}" in outcome["error"]
-    assert outcome["steps"] == [] and log.read_bytes() == before and not checkpoints.exists()
+    assert outcome["steps"] == [] and log.read_bytes() == before
+    if left != "nothing":
+        checkpoints.rmdir()
     (again / "elsewhere").rename(checkpoints)
     assert started(corpus, again, stop_at=4)["steps"] == [4]
     checkpoints.rename(again / "elsewhere")
     assert started(corpus, again, stop_at=1, checkpoint__resume="never")["steps"] == [1]
+
+
+def test_where_every_checkpoint_was_moved_away_the_run_begins_anew(corpus, again):
+    """As is advised for a damaged one: the folder is there, and nothing is lost by a mistake."""
+    (again / "checkpoints/step-00000003").rename(again / "damaged")
+    assert started(corpus, again, stop_at=1)["steps"] == [1]
