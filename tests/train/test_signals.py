@@ -27,6 +27,7 @@ from sparse_gpt.train.signals import (
     describe,
 )
 from tests.contracts.runs import after_every_step, run_config, trainer
+from tests.crash.runs import folder_names
 from tests.ranks import ROOT, run_ranks
 from tests.tiny import write_corpus
 
