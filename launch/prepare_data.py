@@ -21,7 +21,7 @@ from sparse_gpt.errors import UserError, run_main
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description="Tokenise text into memory-mapped shards with a held-out split.",
+        description="Tokenise text into shards with a held-out split.",
         epilog="Documents: a .txt file is one, a row of .jsonl (.gz, .zst) or .parquet is one. "
         "Documents of white space only are left out. Without --input and --dataset the text is "
         "Python's own standard library (at most 10 MB).",

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sparse_gpt.data.number_file import NumberFile
 from sparse_gpt.data.shard_index import MAX_VOCABULARY
 from sparse_gpt.data.shards import TokenData, TokenSplit
 from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -62,15 +63,17 @@ def open_megatron(
     if not 0 <= val_fraction < 1:
         raise UserError(f"val_fraction is {val_fraction}, it must be at least 0 and less than 1")
     index, content = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    header = _read_header(index)
-    tokens = _map_tokens(content, header)
-    starts = _document_starts(index, content, header, len(tokens))
+    raw = NumberFile(index, "u1")
+    header = _read_header(raw)
+    tokens = _open_tokens(content, header)
+    starts = _document_starts(raw, content, header, len(tokens))
     known = None if tokenizer is None else _load_tokenizer(Path(tokenizer))
     if known is not None:
         id_limit, eos_id = known.vocab_size, known.eos_id
     else:
-        id_limit = _largest(content, tokens) + 1 if vocab_size is None else vocab_size
-        eos_id = int(tokens[int(starts[1]) - 1])
+        id_limit = _largest(tokens) + 1 if vocab_size is None else vocab_size
+        end = int(starts[1])
+        eos_id = int(tokens[end - 1 : end][0])
     if vocab_size is not None and vocab_size < id_limit:
         raise UserError(
             f"data path {prefix}: vocab_size {vocab_size} is smaller than the {id_limit} tokens of "
@@ -98,7 +101,7 @@ def open_megatron(
         begin, end = int(starts[low]), int(starts[high])
         splits[name] = TokenSplit(
             f"{where} split {name!r}",
-            [tokens[begin:end]],
+            [tokens.part(header.dtype, begin * header.dtype.itemsize, end - begin)],
             starts[low : high + 1] - starts[low],
             id_limit,
         )
@@ -109,7 +112,7 @@ def open_megatron(
         tokenizer_sha256=None if known is None else known.sha256,
         tokenizer_path=None if tokenizer is None else Path(tokenizer),
         splits=splits,
-        identity=_identity(index, content.stat().st_size, cut),
+        identity=_identity(raw, len(tokens) * header.dtype.itemsize, cut),
     )
 
 
@@ -123,10 +126,8 @@ def _load_tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _read_header(index: Path) -> _Header:
-    size = index.stat().st_size
-    with open(index, "rb") as file:
-        raw = file.read(_HEADER)
+def _read_header(file: NumberFile) -> _Header:
+    index, size, raw = file.path, len(file), file[:_HEADER].tobytes()
     if len(raw) < _HEADER or not raw.startswith(_MAGIC):
         raise UserError(f"{index} is not a Megatron index (its first bytes are not MMIDIDX)")
     at = len(_MAGIC)
@@ -153,68 +154,65 @@ def _read_header(index: Path) -> _Header:
     return _Header(np.dtype(_DTYPES[code]), sequences, boundaries)
 
 
-def _map_tokens(content: Path, header: _Header) -> np.ndarray:
-    size = content.stat().st_size
+def _open_tokens(content: Path, header: _Header) -> NumberFile:
+    size = len(file := NumberFile(content, "u1"))
     if size == 0 or size % header.dtype.itemsize:
         raise UserError(
             f"{content} has {size} bytes, which is no number of {header.dtype.itemsize}-byte tokens"
         )
-    return np.memmap(content, dtype=header.dtype, mode="r")
+    return file.part(header.dtype, 0, size // header.dtype.itemsize)
 
 
-def _document_starts(index: Path, content: Path, header: _Header, n_tokens: int) -> np.ndarray:
+def _document_starts(raw: NumberFile, content: Path, header: _Header, n_tokens: int) -> np.ndarray:
     """Token offsets of the documents (uint64 [documents + 1]), empty documents left out."""
-    n = header.sequences
-    sizes = np.memmap(index, dtype="<i4", mode="r", offset=_HEADER, shape=(n,))
-    pointers = np.memmap(index, dtype="<i8", mode="r", offset=_HEADER + 4 * n, shape=(n,))
-    boundaries = np.memmap(
-        index, dtype="<i8", mode="r", offset=_HEADER + 12 * n, shape=(header.boundaries,)
-    )
+    index, n = raw.path, header.sequences
+    sizes = raw.part("<i4", _HEADER, n)
+    pointers = raw.part("<i8", _HEADER + 4 * n, n)
+    boundaries = raw.part("<i8", _HEADER + 12 * n, header.boundaries)[:]
     if int(boundaries[0]) != 0 or int(boundaries[-1]) != n:
         raise UserError(
             f"{index}: document boundaries run from {boundaries[0]} to {boundaries[-1]}, the "
             f"sequences from 0 to {n}"
         )
+    if (boundaries[1:] < boundaries[:-1]).any():
+        raise UserError(f"{index}: document boundaries fall")
     # Documents are runs of sequences, and sequences must lie end to end for a document to be
     # one run of tokens, as every writer of the format leaves them.
     expected = 0
+    starts = np.full(len(boundaries), n_tokens, np.uint64)  # of empty ones after the last sequence
     for at in range(0, n, _CHUNK):
-        lengths = np.asarray(sizes[at : at + _CHUNK], dtype=np.int64)
+        lengths = sizes[at : at + _CHUNK].astype(np.int64)
         if (lengths < 0).any():
             raise UserError(f"{index}: sequence {at + int(np.argmax(lengths < 0))} is negative")
         ends = expected + np.cumsum(lengths)
-        offsets = (ends - lengths) * header.dtype.itemsize
-        differs = np.asarray(pointers[at : at + _CHUNK]) != offsets
+        begins = ends - lengths
+        differs = pointers[at : at + _CHUNK] != begins * header.dtype.itemsize
         if differs.any():
             raise UserError(
                 f"{index}: sequence {at + int(np.argmax(differs))} does not follow the one before"
             )
+        low, high = np.searchsorted(boundaries, [at, at + len(lengths)])
+        starts[low:high] = begins[boundaries[low:high] - at]
         expected = int(ends[-1])
     if expected != n_tokens:
         raise UserError(
             f"{content} holds {n_tokens} tokens, but the lengths of its index add up to {expected}"
         )
-    if (boundaries[1:] < boundaries[:-1]).any():
-        raise UserError(f"{index}: document boundaries fall")
-    width = header.dtype.itemsize
-    inner = np.asarray(pointers)[np.minimum(boundaries[:-1], n - 1)] // width
-    inner[boundaries[:-1] == n] = n_tokens  # empty documents after the last sequence
-    return np.unique(np.append(inner, n_tokens).astype(np.uint64))
+    return np.unique(starts)
 
 
-def _largest(content: Path, tokens: np.ndarray) -> int:
+def _largest(tokens: NumberFile) -> int:
     largest = 0
     for at in range(0, len(tokens), _CHUNK):
         piece = tokens[at : at + _CHUNK]
         if piece.min() < 0:
-            raise UserError(f"{content}: token {at + int(np.argmax(piece < 0))} is negative")
+            raise UserError(f"{tokens.path}: token {at + int(np.argmax(piece < 0))} is negative")
         largest = max(largest, int(piece.max()))
     return largest
 
 
-def _identity(index: Path, size: int, cut: int) -> str:
+def _identity(raw: NumberFile, size: int, cut: int) -> str:
     digest = hashlib.sha256(f"megatron {size} {cut} ".encode())
-    with open(index, "rb") as file:
-        while block := file.read(_CHUNK):
-            digest.update(block)
+    for at in range(0, len(raw), _CHUNK):
+        digest.update(raw[at : at + _CHUNK].data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""Tokenised data on disk, read through memory maps.
+"""Tokenised data on disk, read where it is asked for.
 
 A prepared folder holds `<split>-00000.bin`, ... (little-endian uint16 or uint32 token ids),
 `<split>.doc.npy` (uint64: where each document starts in the whole split, then its end),
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_gpt.data.document_starts import CHUNK, DocumentStarts
+from sparse_gpt.data.number_file import NumberFile, Numbers
 from sparse_gpt.data.shard_index import (
     DTYPES,
     INDEX_FILE,
@@ -27,23 +29,19 @@ from sparse_gpt.durable import sha256_file
 from sparse_gpt.errors import UserError
 from sparse_gpt.npy import read_header
 
-_CHUNK = 1 << 22
-_MAX_DOCUMENTS = 2**31 - 1
-
 
 class TokenSplit:
     """One split as a single run of tokens over any number of shards.
 
-    shards: 1-D integer arrays (memory maps). document_starts: uint64 [documents + 1], strictly
-    rising from 0 to n_tokens. n_bytes and n_words are None where the format does not keep them.
-    `name` appears in errors.
+    shards: integers. document_starts: uint64 [documents + 1], strictly rising from 0 to n_tokens.
+    n_bytes and n_words are None where the format does not keep them. `name` appears in errors.
     """
 
     def __init__(
         self,
         name: str,
-        shards: Sequence[np.ndarray],
-        document_starts: np.ndarray,
+        shards: Sequence[Numbers],
+        document_starts: Numbers,
         vocab_size: int,
         n_bytes: int | None = None,
         n_words: int | None = None,
@@ -55,15 +53,15 @@ class TokenSplit:
         self.n_bytes = n_bytes
         self.n_words = n_words
         self.document_starts = document_starts
-        self.n_documents = len(document_starts) - 1
+        self.documents = DocumentStarts(name, document_starts, self.n_tokens)
+        self.n_documents = len(self.documents)
         self._vocab_size = vocab_size
-        _check_starts(name, document_starts, self.n_tokens)
 
     def read(self, start: int, n: int) -> np.ndarray:
         """Tokens [start, start + n) as int64 [n], across shards.
 
         Raises IndexError outside the split, UserError for an id outside the vocabulary (a
-        damaged file, or one of another tokenizer).
+        damaged file, or one of another tokenizer) and for a file that cannot be read any more.
         """
         if start < 0 or n < 0 or start + n > self.n_tokens:
             raise IndexError(
@@ -93,29 +91,10 @@ class TokenSplit:
             )
         if n == 0:
             return np.empty(0, dtype=np.int32)
-        starts = self.document_starts
-        first = int(np.searchsorted(starts, np.uint64(start), side="right")) - 1
-        last = int(np.searchsorted(starts, np.uint64(start + n - 1), side="right")) - 1
-        inside = starts[first + 1 : last + 1].astype(np.int64) - start
+        first, inside = self.documents.within(start, n)
         out = np.zeros(n, dtype=np.int32)
         out[inside] = 1
         return np.cumsum(out, dtype=np.int32) + np.int32(first)
-
-
-def _check_starts(name: str, starts: np.ndarray, n_tokens: int) -> None:
-    if starts.ndim != 1 or starts.dtype != np.uint64 or len(starts) < 1:
-        raise UserError(f"{name}: document boundaries must be a 1-D uint64 array")
-    if len(starts) - 1 > _MAX_DOCUMENTS:
-        raise UserError(f"{name}: more than {_MAX_DOCUMENTS} documents are not supported")
-    if int(starts[0]) != 0 or int(starts[-1]) != n_tokens:
-        raise UserError(
-            f"{name}: document boundaries run from {starts[0]} to {starts[-1]}, the tokens from "
-            f"0 to {n_tokens}"
-        )
-    for at in range(0, len(starts) - 1, _CHUNK):
-        piece = np.asarray(starts[at : at + _CHUNK + 1])
-        if not (piece[1:] > piece[:-1]).all():
-            raise UserError(f"{name}: document boundaries do not rise")
 
 
 @dataclass(frozen=True)
@@ -241,14 +220,14 @@ def _open_split(folder: Path, index: ShardIndex, name: str, entry: SplitEntry) -
             raise UserError(
                 f"{file} has {size} bytes, but {shard.tokens} tokens of {index.dtype} are expected"
             )
-        shards.append(np.memmap(file, dtype=dtype, mode="r"))
+        shards.append(NumberFile(file, dtype, count=shard.tokens))
     documents = _inside(folder, entry.documents_file)
     starts = _open_boundaries(documents, entry.documents)
     where = f"{folder} split {name!r}"
     return TokenSplit(where, shards, starts, index.vocab_size, entry.bytes, entry.words)
 
 
-def _open_boundaries(path: Path, documents: int) -> np.ndarray:
+def _open_boundaries(path: Path, documents: int) -> NumberFile:
     try:
         with open(path, "rb") as file:
             header = read_header(file)
@@ -264,7 +243,7 @@ def _open_boundaries(path: Path, documents: int) -> np.ndarray:
     size, needed = path.stat().st_size, header.offset + 8 * (documents + 1)
     if size != needed:
         raise UserError(f"{path} has {size} bytes, but {documents} documents need {needed}")
-    return np.memmap(path, dtype="<u8", mode="r", offset=header.offset, shape=header.shape)
+    return NumberFile(path, "<u8", header.offset, documents + 1)
 
 
 def verify(path: str | Path, *, full: bool = True) -> None:
@@ -280,7 +259,11 @@ def verify(path: str | Path, *, full: bool = True) -> None:
     for name, entry in index.splits.items():
         expected = [(shard.file, shard.sha256) for shard in entry.shards]
         for file, digest in [*expected, (entry.documents_file, entry.documents_sha256)]:
-            if sha256_file(folder / file) != digest:
+            try:
+                found = sha256_file(folder / file)
+            except OSError as error:
+                raise UserError(f"{folder / file} cannot be read: {error.strerror}") from error
+            if found != digest:
                 raise UserError(f"{folder / file}: sha256 differs from the index; it is damaged")
         _verify_tokens(data.splits[name], index.eos_id)
     tokenizer = load_tokenizer(folder / TOKENIZER_FOLDER)
@@ -292,11 +275,9 @@ def verify(path: str | Path, *, full: bool = True) -> None:
 
 
 def _verify_tokens(split: TokenSplit, eos_id: int) -> None:
-    for start in range(0, split.n_tokens, _CHUNK):
-        tokens = split.read(start, min(_CHUNK, split.n_tokens - start))
-        ends = np.array([start + 1, start + len(tokens) + 1], dtype=np.uint64)
-        low, high = np.searchsorted(split.document_starts, ends)
-        last = split.document_starts[low:high].astype(np.int64) - 1 - start
+    for start in range(0, split.n_tokens, CHUNK):
+        tokens = split.read(start, min(CHUNK, split.n_tokens - start))
+        last = split.documents.within(start, len(tokens) + 1)[1] - 1
         if (tokens[last] != eos_id).any():
             bad = start + int(last[np.argmax(tokens[last] != eos_id)])
             raise UserError(f"{split.name}: the document that ends at token {bad} has no end token")

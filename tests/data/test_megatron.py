@@ -66,9 +66,9 @@ def test_round_trip(prefix, code, sequences_each):
     joined = [*train.read(0, train.n_tokens), *val.read(0, val.n_tokens)]
     assert joined == FLAT
     assert train.n_documents + val.n_documents == len(DOCUMENTS)
-    lengths = [*np.diff(train.document_starts), *np.diff(val.document_starts)]
+    lengths = [*np.diff(train.document_starts[:]), *np.diff(val.document_starts[:])]
     assert lengths == [len(document) for document in DOCUMENTS]
-    numbers = np.repeat(np.arange(train.n_documents), np.diff(train.document_starts).astype(int))
+    numbers = np.repeat(np.arange(train.n_documents), np.diff(train.document_starts[:]).astype(int))
     assert train.document_ids(0, train.n_tokens).tolist() == numbers.tolist()
 
 
@@ -80,7 +80,7 @@ def test_held_out_are_the_last_documents(prefix, fraction):
     assert data.split("train").n_documents >= 1 and val.n_documents >= 1
     assert val.read(0, val.n_tokens).tolist() == FLAT[len(FLAT) - val.n_tokens :]
     if fraction < 0.9:
-        without_first = val.n_tokens - int(val.document_starts[1])
+        without_first = val.n_tokens - int(val.document_starts[:][1])
         assert without_first < fraction * len(FLAT) <= val.n_tokens or val.n_documents == 1
 
 

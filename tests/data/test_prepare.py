@@ -44,7 +44,7 @@ def options(tmp_path, source):
 
 
 def _documents(split) -> list[list[int]]:
-    starts = split.document_starts.astype(int)
+    starts = split.document_starts[:].astype(int)
     tokens = split.read(0, split.n_tokens)
     return [tokens[a:b].tolist() for a, b in itertools.pairwise(starts)]
 
