@@ -7,11 +7,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_gpt.errors import Stopped, run_main
-from sparse_gpt.train.signals import StopRequests, code_of, listen
+from sparse_gpt.train.signals import StopRequests, code_of, listen, met
 
 
 def main() -> None:
     listen()
+    met()
     requests = StopRequests(Path(sys.argv[1]), None, first_rank=True)
     print("training", flush=True)
     while not any(requests.flags()):

@@ -19,6 +19,7 @@ from sparse_gpt.train.build import WeightSource, open_sources
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.guard import Diverged
 from sparse_gpt.train.signals import Command
+from sparse_gpt.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,9 @@ _FREE = (
 )
 
 
-def tune_grid(config: FinetuneConfig, source: WeightSource, command: Command) -> dict[str, Any]:
+def tune_grid(
+    config: FinetuneConfig, source: WeightSource, command: Command, watch: Watch
+) -> dict[str, Any]:
     """Fine-tune with every learning rate of `lr_grid`; test the one of the lowest loss.
 
     Every learning rate has a folder `lr-<lr>` in that of the command and, once it is done, a
@@ -49,7 +52,7 @@ def tune_grid(config: FinetuneConfig, source: WeightSource, command: Command) ->
     losses: dict[float, float | None] = {}
     for lr in config.lr_grid:
         one = single(config, run_dir, lr)
-        losses[lr] = _validation_loss(one, source, command)
+        losses[lr] = _validation_loss(one, source, command, watch)
         if config.keep_checkpoints == "best":
             for loser in losses.keys() - {_best(losses)}:
                 _drop_checkpoints(run_dir / lr_folder(loser))
@@ -66,7 +69,7 @@ def tune_grid(config: FinetuneConfig, source: WeightSource, command: Command) ->
             "lr_grid: the best learning rate, %g, is the %s of the grid; a %s one may be better",
             *(lr, side, more),
         )
-    results = tune(single(config, run_dir, lr), source, ("val", "test"), command)
+    results = tune(single(config, run_dir, lr), source, ("val", "test"), command, watch)
     return results | {
         "lr_grid": {str(key): loss for key, loss in losses.items()},
         "lr_at_edge": at_edge,
@@ -100,7 +103,7 @@ def identity(config: FinetuneConfig, source: WeightSource) -> str:
 
 
 def _validation_loss(
-    config: FinetuneConfig, source: WeightSource, command: Command
+    config: FinetuneConfig, source: WeightSource, command: Command, watch: Watch
 ) -> float | None:
     """Of one learning rate, trained if it was not; None where it diverged. A collective."""
     folder, made = config.run_dir, identity(config, source)
@@ -110,7 +113,7 @@ def _validation_loss(
         log.info("lr %g     done before, in %s", lr, file)
     else:
         try:
-            done = tune(config, source, ("val",), command)
+            done = tune(config, source, ("val",), command, watch)
         except Diverged as problem:
             log.warning("lr %g     diverged: %s", lr, problem)
             done = {"lr": lr, "diverged": str(problem)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from sparse_gpt.config import TimeoutsConfig
 from sparse_gpt.config_file import dump_yaml, read_tree, validate
 from sparse_gpt.durable import write_json, write_text
 from sparse_gpt.finetune.config import FinetuneConfig
@@ -19,6 +20,7 @@ from sparse_gpt.train.engine import init_ranks, log_on_first_rank
 from sparse_gpt.train.every_rank import on_every_rank, read_first
 from sparse_gpt.train.first_rank import on_first_rank
 from sparse_gpt.train.signals import Command, started
+from sparse_gpt.train.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -38,10 +40,16 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     init_ranks()
     log_on_first_rank()
     config = read.on_every_rank(str(config_path))
+    with Watch(TimeoutsConfig()) as watch:
+        results = _finetune(config, Command(config.run_dir, since), watch)
+    dist.destroy_process_group()
+    return results
+
+
+def _finetune(config: FinetuneConfig, command: Command, watch: Watch) -> dict[str, Any]:
     opened: list[WeightSource] = []
     on_every_rank(lambda: opened.append(open_source(config.checkpoint)), "checkpoint")
     source, run_dir = opened[0], config.run_dir
-    command = Command(run_dir, since)
     if config.keeps_masks:
         check_masks(config.mode, str(config.checkpoint), list(source.layers.values()))
     elif problem := unfinished(source.layers.values()):
@@ -49,9 +57,9 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
     if dist.get_rank() == 0:
         print(dump_yaml(config).rstrip(), flush=True)
     if config.lr_grid is None:
-        results = tune(config, source, ("val", "test"), command)
+        results = tune(config, source, ("val", "test"), command, watch)
     else:
-        results = tune_grid(config, source, command)
+        results = tune_grid(config, source, command, watch)
 
     def write() -> None:
         write_text(run_dir / "finetune.yaml", dump_yaml(config))
@@ -59,5 +67,4 @@ def finetune(config_path: Path | str, overrides: Sequence[str] = ()) -> dict[str
         print(f"results in {run_dir / 'results.json'}", flush=True)
 
     on_first_rank(write, "output_dir")
-    dist.destroy_process_group()
     return results

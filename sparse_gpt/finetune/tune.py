@@ -15,23 +15,28 @@ from sparse_gpt.train.every_rank import check_nodes
 from sparse_gpt.train.loop import Trainer
 from sparse_gpt.train.results import describe
 from sparse_gpt.train.signals import Command
+from sparse_gpt.train.watch import Watch
 
 
 def tune(
-    config: FinetuneConfig, source: WeightSource, splits: Sequence[str], command: Command
+    config: FinetuneConfig,
+    source: WeightSource,
+    splits: Sequence[str],
+    command: Command,
+    watch: Watch,
 ) -> dict[str, Any]:
     """Fine-tune, or go on, to the end; returns what happened, with the loss over `splits`.
 
     The weights evaluated are those of the best validation where `evaluation.patience` kept them,
-    else the last. A collective.
+    else the last. `watch`: entered, and around all that the command does. A collective.
     """
     gc.collect()  # the engine of the learning rate before
     run = run_config(config, source, dist.get_world_size())
+    watch.step = 0
     check_nodes(run)
-    trainer = Trainer(run, source, command)
+    trainer = Trainer(run, source, command, watch)
     try:
-        with trainer.watch:
-            return _tune(config, source, trainer, splits)
+        return _tune(config, source, trainer, splits)
     finally:
         trainer.close()
 

@@ -49,7 +49,8 @@ from sparse_gpt.train.watch import Watch
 class Trainer:
     """Trains one model. `source`: where initial weights come from, if they are not random.
 
-    `command`: what this run is a part of, if it is not all that was started.
+    `command`: what this run is a part of, if it is not all that was started. `watch`: the one that
+    has been entered, if not only `fit` is to be watched.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trainer:
         config: RunConfig,
         source: build.WeightSource | None = None,
         command: Command | None = None,
+        watch: Watch | None = None,
     ) -> None:
         self.config = config
         self.device = init_ranks(config.timeouts.exchange)
@@ -67,7 +69,7 @@ class Trainer:
             config.checkpoint.deadline, config.checkpoint.deadline_margin, command.started
         )
         self.stop_requests = StopRequests(config.run_dir, deadline, self.rank == 0, command.run_dir)
-        self.watch = Watch(config.timeouts)
+        self.watch = watch or Watch(config.timeouts)
         self.total_steps = config.total_steps(self.world_size)
         self.warmup_steps = config.warmup_steps(self.world_size)
         self.run_dir = config.run_dir

@@ -2,12 +2,14 @@
 
 A request is a flag. The ranks exchange their flags with the numbers of every step, so that all
 stop after the same one, with a checkpoint and exit code 75 (`sparse_gpt.errors.Stopped`), or 76
-where the next start would be stopped, too.
+where the next start would be stopped, too. Before the ranks have met there is nothing to agree on
+or to save: a request ends the process at once, with 75.
 Imports neither torch nor deepspeed: an entry point listens before they load.
 """
 
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
@@ -61,6 +64,7 @@ class _Process:
         self.received: set[signal.Signals] = set()
         self.started: float | None = None  # seconds since the epoch
         self.asked = Asked()
+        self.met = False  # the other ranks: what is asked is agreed on with them
         self.ended = False  # the run has stopped: nothing is left to save
         self.exit_code = EXIT_STOPPED
         self.step = 0
@@ -87,25 +91,35 @@ class _Process:
 
     def _read(self, descriptor: int) -> None:
         while True:
-            for number in os.read(descriptor, 64):
-                if number in SIGNALS:
-                    self._on_signal(signal.Signals(number))
+            wait = None if self.met else LOOK_SECONDS
+            if select.select([descriptor], [], [], wait)[0]:
+                for number in os.read(descriptor, 64):
+                    if number in SIGNALS:
+                        self._on_signal(signal.Signals(number))
+            elif not self.met and self.lost_launcher():
+                self._end_early(REASONS[-1])
+
+    def _end_early(self, reason: str) -> NoReturn:
+        _say(f"{reason}: ended at once, before the ranks have met; nothing was trained")
+        os._exit(EXIT_STOPPED)
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self.ended:
             os._exit(self.exit_code)
+        if not self.met:
+            self._end_early(number.name)
         first, again = not self.received, self.asked.again()
         self.received.add(number)
         if first:
             if os.environ.get("RANK", "0") == "0":
-                _say(
-                    f"{number.name}: the run stops after this step and saves what it trained; a "
-                    "second signal ends it at once"
-                )
+                when = "after this step and saves what it trained"
+                when = when if self.step else "before its first step"
+                _say(f"{number.name}: the run stops {when}; a second signal ends it at once")
         elif again:
             _say(
-                f"{number.name} again: ended at once in step {self.step}; a later start "
-                "goes on from the last checkpoint"
+                f"{number.name} again: ended at once "
+                + (f"in step {self.step}" if self.step else "before its first step")
+                + "; a later start goes on from the last checkpoint"
             )
             os._exit(128 + number)
 
@@ -140,6 +154,11 @@ def listen() -> None:
     """
     _process.started = time.time()
     _process.listen()
+
+
+def met() -> None:
+    """The ranks have met: from now on what is asked waits until they agree on it."""
+    _process.met = True
 
 
 def started() -> float:

@@ -1,9 +1,10 @@
 """Ranks that die or hang: the others learn which, and end.
 
 Rank 0 keeps a small store. Every rank writes a sign of life there once a second, and looks for a
-verdict: the one text that says which rank was lost. Ranks of one node see each other's processes,
-so that one which is killed is named within seconds; a node that is lost has been silent for
-`timeouts.silence`; a rank that hangs has made no headway for `timeouts.progress`.
+verdict: the one text that says which rank was lost, or what was wrong on one alone. Ranks of one
+node see each other's processes, so that one which is killed is named within seconds; a node that
+is lost has been silent for `timeouts.silence`; a rank that hangs has made no headway for
+`timeouts.progress`.
 """
 
 import contextlib
@@ -24,12 +25,15 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from sparse_gpt.config import TimeoutsConfig
 from sparse_gpt.errors import Stopped, UserError
+from sparse_gpt.train import signals
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # for the main thread to end by itself, once there is a verdict
 EXPLAIN_SECONDS = 6.0  # after a failed exchange, to find its reason; then as long again
 QUIET_SECONDS = 4.0  # without a sign of life, after such an exchange
 TELL_SECONDS = 8.0  # for a finding to reach the store
+HEAR_SECONDS = 3.0  # for the others to read a verdict, before rank 0 ends and its store with it
+HASTE_SECONDS = 0.1  # between two looks at the store, once something was found
 OWN_DELAY = 5.0  # a thread that slept longer than that was itself not let run
 EXIT_LOST = 1
 VERDICT = "verdict"
@@ -42,8 +46,9 @@ class LostRank(RuntimeError):
 class Watch:
     """Watches the ranks of one run, as a context around it. Entering and leaving are collectives.
 
-    Leaving by an exception tells the other ranks of it, or waits for what they found. Within
-    itself the context changes nothing. A rank that is alone watches its own headway.
+    Leaving by an exception tells the other ranks of it, or waits for what they found: a `LostRank`,
+    or a `UserError` where that was one. Within itself the context changes nothing. A rank that is
+    alone watches its own headway. Once it is entered, the ranks agree on when to stop.
     """
 
     def __init__(self, timeouts: TimeoutsConfig) -> None:
@@ -52,7 +57,9 @@ class Watch:
         self.step = 0  # the one being made
         self._since, self._counts = time.monotonic(), False
         self._finding = self._verdict = ""  # what this rank found; what all have agreed on
+        self._code = EXIT_LOST  # the exit code that goes with it
         self._found, self._done = threading.Event(), threading.Event()
+        self._heard_by_all = threading.Event()  # rank 0: of the verdict
         self._threads: list[threading.Thread] = []
         self._depth = 0
 
@@ -70,11 +77,13 @@ class Watch:
             return self
         self._main, self._looked = threading.get_ident(), time.monotonic()
         self._finding = self._verdict = ""
-        self._found.clear()
-        self._done.clear()
+        self._code = EXIT_LOST
+        for event in (self._found, self._done, self._heard_by_all):
+            event.clear()
         if self.world_size == 1:
             self._nodes: list[Any] = [(socket.gethostname(),)]
             self._start(self._look_at_itself)
+            signals.met()
             return self
         self._store = self._open_store()
         me = (socket.gethostname(), os.getpid(), psutil.Process().create_time())
@@ -85,6 +94,7 @@ class Watch:
         self._heard = [self._answered] * self.world_size  # rank 0: of the last new sign of life
         self._signs = [""] * self.world_size
         self._start(self._beat, self._judge)
+        signals.met()
         return self
 
     def _start(self, *targets: Callable[[], None]) -> None:
@@ -104,7 +114,7 @@ class Watch:
         self._depth -= 1
         if self._depth:
             return
-        if error is not None and not isinstance(error, Stopped | UserError):
+        if error is not None and not isinstance(error, Stopped) and self.world_size > 1:
             self._explain(error)
         self._done.set()
         if error is None or isinstance(error, Stopped):
@@ -113,12 +123,13 @@ class Watch:
             dist.barrier()  # rank 0's store is the last to go
 
     def _explain(self, error: BaseException) -> None:
-        if self.world_size == 1:
-            return
         if not _is_lost_exchange(error):
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            self._finding = f"{self._name(self.rank)} failed in step {self.step}: {what}"
+            if isinstance(error, UserError):  # one that all raise is told by the first
+                what, self._code = str(error), error.code
+            self._finding = f"{self._name(self.rank)} failed {_in_step(self.step)}: {what}"
             self._found.wait(TELL_SECONDS)
+            self._wait_until_heard()
             return
         if not self._found.wait(EXPLAIN_SECONDS):
             silent = [
@@ -127,14 +138,20 @@ class Watch:
             if self.rank == 0 and silent:
                 names = ", ".join(self._name(rank) for rank in silent)
                 self._finding = (
-                    f"an exchange failed, and there is no sign of life of {names}; "
+                    f"an exchange failed, and there is no sign of life of {names}"
                     f"{self._last_step(silent[0])}"
                 )
             self._found.wait(EXPLAIN_SECONDS)
         if self._found.is_set():
+            self._wait_until_heard()
             self._done.set()
-            raise LostRank(self._verdict) from error
+            lost = LostRank if self._code == EXIT_LOST else UserError
+            raise lost(self._verdict) from error
         error.add_note("no rank was found to have ended or to hang")
+
+    def _wait_until_heard(self) -> None:
+        if self.rank == 0:
+            self._heard_by_all.wait(HEAR_SECONDS)
 
     def _open_store(self) -> Any:
         timeout, address = timedelta(seconds=self.timeouts.silence), os.environ["MASTER_ADDR"]
@@ -155,34 +172,50 @@ class Watch:
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._nodes[rank][0]}"
 
-    def _settle(self, text: str) -> None:
+    def _settle(self, text: str, code: int = EXIT_LOST) -> None:
         if not self._found.is_set():
-            self._verdict = text
+            self._verdict, self._code = text, code
             self._found.set()
 
     # The thread that talks to the store: alone, for a store that is frozen answers nobody.
 
     def _beat(self) -> None:
         count = 0
-        while not self._done.wait(BEAT_SECONDS):
+        while not self._done.wait(HASTE_SECONDS if self._finding else BEAT_SECONDS):
             count += 1
             self._allow_for_stops()
             try:
                 self._store.set(f"sign/{self.rank}", json.dumps({"count": count, **self._sign()}))
-                if self._finding:
-                    self._settle(self._store.compare_set(VERDICT, "", self._finding).decode())
-                elif self._store.check([VERDICT]):
-                    self._settle(self._store.get(VERDICT).decode())
+                self._agree()
                 if self.rank == 0:
                     self._read_signs()
             except (dist.DistError, RuntimeError):
                 if not self._done.is_set():
-                    self._settle(
-                        self._finding
-                        or f"{self._name(0)} has ended; the last step was {self.step} or before"
-                    )
+                    last = self._last_step(0) + (" or before" if self.step else "")
+                    self._settle(self._finding or f"{self._name(0)} has ended{last}", self._code)
                 return
             self._answered = time.monotonic()
+
+    def _agree(self) -> None:
+        """Tell or learn the verdict; rank 0 looks for who has heard it."""
+        if self._finding:
+            said = self._store.compare_set(VERDICT, "", json.dumps([self._finding, self._code]))
+        elif self._store.check([VERDICT]):
+            said = self._store.get(VERDICT)
+        else:
+            return
+        text, code = json.loads(said)
+        self._finding = self._finding or text
+        self._store.set(f"heard/{self.rank}", "")
+        self._settle(text, code)
+        if self.rank == 0 and all(self._knows(rank) for rank in range(self.world_size)):
+            self._heard_by_all.set()
+
+    def _knows(self, rank: int) -> bool:
+        """Whether a rank has heard the verdict, or never will."""
+        ended = rank in self._peers and _has_ended(self._peers[rank])
+        silent = time.monotonic() - self._heard[rank] > QUIET_SECONDS
+        return ended or silent or self._store.check([f"heard/{rank}"])
 
     def _allow_for_stops(self) -> None:
         """While this process was stopped (Ctrl-Z, a suspended job), its main thread was, too."""
@@ -239,7 +272,7 @@ class Watch:
         silence = self.timeouts.silence
         for rank, process in self._peers.items():
             if _has_ended(process):
-                return f"{self._name(rank)} has ended; {self._last_step(rank)}"
+                return f"{self._name(rank)} has ended{self._last_step(rank)}"
         if now - self._answered > silence:
             return f"{self._name(0)} has not answered for {silence:g} s"
         if self.rank:
@@ -248,7 +281,7 @@ class Watch:
             if now - heard > silence:
                 return (
                     f"{self._name(rank)} has given no sign of life for {silence:g} s "
-                    f"(timeouts.silence); {self._last_step(rank)}"
+                    f"(timeouts.silence){self._last_step(rank)}"
                 )
         signs = enumerate(self._signs)
         return self._stuck({rank: json.loads(sign) for rank, sign in signs if sign})
@@ -256,7 +289,7 @@ class Watch:
     def _last_step(self, rank: int) -> str:
         sign = self._signs[rank]
         step = json.loads(sign)["step"] if sign else self.step  # only rank 0 reads them
-        return f"the last step was {step}"
+        return f"; the last step was {step}" if step else ", before its first step"
 
     def _stuck(self, signs: dict[int, dict[str, Any]]) -> str:
         idle = {rank: sign for rank, sign in signs.items() if "idle" in sign}
@@ -271,9 +304,10 @@ class Watch:
         others = len(idle) - len(named)
         rest = f"; {others} others wait in an exchange" if others else ""
         step = min(sign["step"] for sign in idle.values())
+        where = f"step {step}" if step else "the start"
         return (
-            f"step {step} has made no headway for {self.timeouts.progress:g} s "
-            f"(timeouts.progress): {places}{rest}"
+            f"{where} has made no headway for {self.timeouts.progress:g} s (timeouts.progress): "
+            f"{places}{rest}"
         )
 
     def _end(self) -> None:
@@ -281,7 +315,11 @@ class Watch:
             return
         with contextlib.suppress(OSError):  # whoever read it may be gone
             print(f"[rank {self.rank}] error: {self._verdict}", file=sys.stderr, flush=True)
-        os._exit(EXIT_LOST)
+        os._exit(self._code)
+
+
+def _in_step(step: int) -> str:
+    return f"in step {step}" if step else "before its first step"
 
 
 def describe_place(frame: FrameType | None) -> dict[str, Any]:

@@ -2,10 +2,12 @@
 
     FAULT=PLACE:NUMBER:RANKS:WHAT deepspeed tests/crash/faulty.py CONFIG
 
-PLACE   start (before the Trainer), step, validate, update (a topology update), save
+PLACE   meet (before the ranks have met), start (before the Trainer), engine (before its start),
+        step, validate, update (a topology update), save
 NUMBER  which time that place is come to, from 1
 RANKS   0,1 or all
-WHAT    pause (1.5 s, for the test to send a signal), exit (9), kill, raise, hang, freeze (SIGSTOP)
+WHAT    pause (1.5 s, for the test to send a signal), exit (9), kill, raise, refuse (raise a
+        UserError), hang, freeze (SIGSTOP)
 FINETUNE=1 fine-tunes.
 """
 
@@ -20,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from sparse_gpt.errors import run_main
+from sparse_gpt.errors import UserError, run_main
 from sparse_gpt.train.signals import listen
 
 PAUSE_SECONDS = 1.5
@@ -38,6 +40,8 @@ def meet(what: str, place: str) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
     elif what == "raise":
         raise RuntimeError("an injected fault")
+    elif what == "refuse":
+        raise UserError("an injected error")
     elif what == "hang":
         while True:
             time.sleep(3600)
@@ -61,11 +65,13 @@ def at_call(inner: Callable[..., Any], number: int, action: Callable[[], None]) 
 
 def arm(place: str, number: int, what: str) -> None:
     from sparse_gpt.topology.controller import TopologyController
-    from sparse_gpt.train import loop
+    from sparse_gpt.train import assemble, loop, pretrain
     from sparse_gpt.train.checkpoint import Checkpointer
 
     owner, name = {
+        "meet": (pretrain, "init_ranks"),
         "start": (loop.Trainer, "__init__"),
+        "engine": (assemble, "start_engine"),
         "step": (loop.Trainer, "_step"),
         "validate": (loop, "evaluate"),
         "update": (TopologyController, "_update"),

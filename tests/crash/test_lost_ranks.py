@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 
+from sparse_gpt.errors import EXIT_USER_ERROR
 from tests.crash.runs import (
     EVERY,
     FAULTY,
@@ -33,6 +34,47 @@ def test_a_killed_rank_is_named_and_the_others_end(tmp_path, tiny):
         assert time.monotonic() - killed < WITHIN
     assert result.returncode == 256 - signal.SIGKILL, result.stdout
     assert f"LostRank: rank 1 on {socket.gethostname()} has ended" in result.stdout
+    assert saved_steps(tmp_path / "run") == [EVERY]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("place", ["meet", "start", "engine"])
+def test_a_rank_killed_in_the_start_up(tmp_path, tiny, place, rank):
+    """Named once the ranks have met; before, the launcher's SIGTERM ends the others at once."""
+    config, other = write_config(tmp_path, tiny), 1 - rank
+    with start_deepspeed(FAULTY, [config], RANKS, {"FAULT": f"{place}:1:{rank}:kill"}) as launch:
+        launch.wait_for_output("FAULT kill")
+        killed = time.monotonic()
+        result = launch.wait(WITHIN)
+        assert time.monotonic() - killed < 25  # the launcher's SIGKILL comes after 30
+        assert launch.processes() == []
+    assert result.returncode == 256 - signal.SIGKILL, result.stdout
+    if place == "meet":
+        said = f"[rank {other}] SIGTERM: ended at once, before the ranks have met"
+    else:
+        said = f"rank {rank} on {socket.gethostname()} has ended, before its first step"
+    assert said in result.stdout, result.stdout
+    assert "saves" not in result.stdout
+    assert not list((tmp_path / "run").glob("checkpoints/*")) and not list(
+        tmp_path.glob("**/.probe*")
+    )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_user_error_of_one_rank_is_said_by_all(tmp_path, tiny, rank):
+    config, other = write_config(tmp_path, tiny), 1 - rank
+    env = {"FAULT": f"step:12:{rank}:refuse"}
+    with start_deepspeed(FAULTY, [config], RANKS, env) as launch:
+        result = launch.wait(2 * WITHIN)
+        assert launch.processes() == []
+    assert result.returncode == EXIT_USER_ERROR, result.stdout
+    named = f"rank {rank} on {socket.gethostname()} failed in step 12: an injected error"
+    lines = [line for line in result.stdout.splitlines() if "error: " in line]
+    prefix = {0: "", 1: "[rank 1] "}
+    assert sorted(lines) == sorted(
+        [f"{prefix[rank]}error: an injected error", f"{prefix[other]}error: {named}"]
+    )
+    assert "Traceback" not in result.stdout
     assert saved_steps(tmp_path / "run") == [EVERY]
 
 

@@ -41,11 +41,13 @@ import contextlib, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from sparse_gpt.errors import Stopped, run_main
-from sparse_gpt.train.signals import StopRequests, code_of, listen
+from sparse_gpt.train.signals import StopRequests, code_of, listen, met
 def main():
     listen()
+    if "alone" not in sys.argv:
+        met()
     requests = StopRequests(Path(sys.argv[2]), None, True)
-    requests.begin(7)
+    requests.begin(0 if "starting" in sys.argv else 7)
     print("ready", flush=True)
     while True:
         time.sleep(0.02)
@@ -99,6 +101,24 @@ def test_a_signal_is_a_request(tmp_path, number):
     flags = [float(reason == number.name) for reason in REASONS]
     assert json.loads(out) == flags
     assert f"{number.name}: the run stops after this step" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("number", signals.SIGNALS, ids=lambda number: number.name)
+def test_before_the_ranks_have_met_a_signal_ends_at_once(tmp_path, number):
+    with worker(tmp_path, "alone", "stuck") as process:
+        process.send_signal(number)
+        code, out, said = ended(process)
+    assert (code, out) == (EXIT_STOPPED, "")
+    text = f"{number.name}: ended at once, before the ranks have met; nothing was trained"
+    assert said == f"[rank 0] {text}\n"
+
+
+def test_before_the_first_step_nothing_is_said_of_a_save(tmp_path):
+    with worker(tmp_path, "starting") as process:
+        process.send_signal(signal.SIGTERM)
+        code, _, said = ended(process)
+    assert code == EXIT_STOPPED
+    assert "SIGTERM: the run stops before its first step; a second" in said and "sav" not in said
 
 
 def test_a_signal_passed_on_by_the_launcher_is_no_second_one(tmp_path):
@@ -229,6 +249,16 @@ def test_a_worker_whose_launcher_is_killed_asks_to_stop(tmp_path):
         flags = json.loads(launcher.stdout.readline())  # the worker shares that pipe
         assert flags == [float(reason == "a lost launcher") for reason in REASONS]
         assert launcher.stdout.read() == ""  # until the worker has ended
+
+
+def test_a_worker_whose_launcher_is_killed_before_the_ranks_have_met_ends(tmp_path):
+    command = [sys.executable, "-c", LAUNCHER, "deepspeed.launcher.launch", WORKER, str(ROOT)]
+    words = ("alone", "stuck")
+    with started(*command, str(tmp_path), *words, stderr=subprocess.PIPE) as launcher:
+        assert launcher.stdout.readline().strip().isdigit()
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.kill()
+        assert "a lost launcher: ended at once" in launcher.communicate(timeout=30)[1]
 
 
 # Deadlines.

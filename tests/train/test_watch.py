@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -24,8 +25,21 @@ def stay_here():
         time.sleep(0.1)
 
 
+@contextmanager
+def end_of_a_user_error():
+    """As an entry point has it: one line, and the code."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", flush=True)
+        os._exit(error.code)
+
+
 def work(faulty, fault, timeouts):
-    """Steps with an exchange each, of which a rank does not make the third."""
+    """Steps with an exchange each, of which a rank does not make the third.
+
+    `fault`: "start" is a kill before the first, "refuse" an error of its own in the third.
+    """
     import torch
     import torch.distributed as dist
 
@@ -34,7 +48,12 @@ def work(faulty, fault, timeouts):
     watch.BEAT_SECONDS, watch.GRACE_SECONDS = 0.2, 0.5
     if fault == "on another node":
         watch._peers, fault = (lambda nodes, rank: {}), signal.SIGKILL
-    with watch.Watch(TimeoutsConfig(**timeouts)) as watching:
+    with end_of_a_user_error(), watch.Watch(TimeoutsConfig(**timeouts)) as watching:
+        if fault == "start":
+            dist.barrier()  # both are in
+            if dist.get_rank() == faulty:
+                os.kill(os.getpid(), signal.SIGKILL)
+            dist.all_reduce(torch.ones(1))
         for step in range(1, STEP + 2):
             watching.step = step
             if fault == "hang between" and dist.get_rank() == faulty:
@@ -48,6 +67,8 @@ def work(faulty, fault, timeouts):
                         stay_here()
                     elif fault == "fail":
                         raise ZeroDivisionError("a fault")
+                    elif fault == "refuse":
+                        raise UserError("token 70000 is none")
                     os.kill(os.getpid(), fault)
             dist.all_reduce(torch.ones(1))
             if step == STEP + 1:
@@ -85,6 +106,22 @@ def test_a_rank_killed_on_another_node_is_named(monkeypatch):
 def test_a_rank_that_fails_is_named_with_its_error(monkeypatch):
     said = lost(monkeypatch, 2, 1, "fail")
     assert f": rank 1 on {HOST} failed in step 3: ZeroDivisionError: a fault" in said
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_rank_killed_before_its_first_step_is_named(monkeypatch, faulty):
+    said = lost(monkeypatch, 2, faulty, "start")
+    assert f"LostRank: rank {faulty} on {HOST} has ended, before its first step" in said
+
+
+@pytest.mark.parametrize("faulty", [0, 1])
+def test_a_user_error_of_one_rank_ends_all_with_its_text_and_code(monkeypatch, faulty):
+    """Of rank 0, too, whose store goes with it; the others have no traceback."""
+    said = lost(monkeypatch, 3, faulty, "refuse")
+    assert said.count("died with exit status 2") == 3 and "Traceback" not in said
+    assert said.count("\nerror: token 70000 is none") == 1
+    text = f"\nerror: rank {faulty} on {HOST} failed in step 3: token 70000 is none"
+    assert said.count(text) == 2
 
 
 @pytest.mark.parametrize("fault", ["hang", "hang between"])  # in a step, or between two
