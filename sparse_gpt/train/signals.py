@@ -141,7 +141,7 @@ def _noted_by_the_thread(number: int, frame: FrameType | None) -> None:
 def _say(text: str) -> None:
     rank = os.environ.get("RANK", "0")
     with contextlib.suppress(OSError):  # whoever read it may be gone
-        print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+        print(f"[rank {rank}] {text}\n", end="", file=sys.stderr, flush=True)
 
 
 _process = _Process()

@@ -314,7 +314,8 @@ class Watch:
         if self._done.wait(GRACE_SECONDS):
             return
         with contextlib.suppress(OSError):  # whoever read it may be gone
-            print(f"[rank {self.rank}] error: {self._verdict}", file=sys.stderr, flush=True)
+            said = f"[rank {self.rank}] error: {self._verdict}\n"
+            print(said, end="", file=sys.stderr, flush=True)  # in one write, see run_main
         os._exit(self._code)
 
 
