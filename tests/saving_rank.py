@@ -14,6 +14,7 @@ def main() -> None:
     listen()
     met()
     requests = StopRequests(Path(sys.argv[1]), None, first_rank=True)
+    requests.begin(1)
     print("training", flush=True)
     while not any(requests.flags()):
         time.sleep(0.02)
