@@ -22,10 +22,14 @@ class UserError(ValueError):
     code = EXIT_USER_ERROR
 
 
-class InUse(UserError):
-    """Another process has what this one needs: the same start may succeed later."""
+class TryAgain(UserError):
+    """Nothing that was given is wrong: the same start may succeed later."""
 
     code = EXIT_FAILED
+
+
+class InUse(TryAgain):
+    """Another process has what this one needs."""
 
 
 class Stopped(Exception):
@@ -40,7 +44,7 @@ class Stopped(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; exit code 2 after a `UserError` (1 after `InUse`), 75 or 76 after
+    """Run an entry point; exit code 2 after a `UserError` (1 after `TryAgain`), 75 or 76 after
     `Stopped`, 1 after any other exception.
 
     A `UserError` is one line on stderr. A process that has not left its group of ranks ends at
