@@ -44,6 +44,8 @@ from sparse_gpt.train.manifest import NAME, read_manifest
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 # The tag of a save after non-finite steps: a run goes on from it, but a rollback goes back farther.
 UNSURE = "unsure"
+# Elements: one long read would let no other thread say that this rank is alive.
+READ_AT_ONCE = 1 << 24
 
 
 def step_folder(step: int, tag: str = "step") -> str:
@@ -263,7 +265,8 @@ class CheckpointReader:
                 continue
             with self._open(file) as handle:
                 part = self._tensor(handle, file, name, "F32", [count])
-                pieces.append(part[position - first : end - first])
+                for at in range(position - first, end - first, READ_AT_ONCE):
+                    pieces.append(part[at : min(at + READ_AT_ONCE, end - first)])
             position = end
         if position != start + numel or start + numel > total:
             raise UserError(

@@ -30,9 +30,12 @@ class Unconfirmed(UserError):
     """A checkpoint has its name, but the disk did not confirm it: a power cut may undo that."""
 
 
-def is_there(path: Path) -> bool:
-    """Whether that is a folder of checkpoints, though there may be none in it yet."""
-    return (path / ID).is_file()
+def id_of(path: Path) -> bytes | None:
+    """What tells a folder of checkpoints from every other; None where there is none."""
+    try:
+        return (path / ID).read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 class CheckpointFolder:
@@ -51,16 +54,19 @@ class CheckpointFolder:
         self._check()
         if self._id is None:
             make_folder(self.path)
-            if not is_there(self.path):
-                write_bytes(self.path / ID, uuid.uuid4().hex.encode())
-            self._id = (self.path / ID).read_bytes()
+            self._id = id_of(self.path)
+            if self._id is None:
+                self._id = uuid.uuid4().hex.encode()
+                write_bytes(self.path / ID, self._id)
         self._put_back()
         self._remove(list(self.path.glob("*.tmp")))
 
     def _check(self) -> None:
-        if self._id is not None and not (
-            is_there(self.path) and (self.path / ID).read_bytes() == self._id
-        ):
+        if self._id is None or (now := id_of(self.path)) == self._id:
+            return
+        if now is None and any(self.path.glob("*/manifest.json")):  # someone removed the id alone
+            write_bytes(self.path / ID, self._id)
+        else:
             raise UserError(
                 "it was there before and is gone (a file system that is not mounted any more?); "
                 "bring it back with the checkpoints in it, then start the run again"

@@ -456,12 +456,13 @@ class Trainer:
             if on_first_rank(lambda: self.folder.lost(self.checkpointer.folder), "output_dir"):
                 raise UserError(
                     f"{self.checkpointer.folder} is gone, but a run began in {self.folder.path} (a "
-                    "file system that is not mounted?); bring it back, or begin anew with "
-                    "checkpoint.resume: never, which drops the log"
+                    "file system that is not mounted?); bring it back, or begin anew with one "
+                    "start with checkpoint.resume=never, which drops the log"
                 )
             return
         check_drift(newest, self.checkpointer.identity, self.config.checkpoint.allow_changed)
         manifest = self.load(newest)
+        self.watch.step = self.state.step
         self.metrics.say(f"resumed    step {self.state.step}  {newest}")
         converted = conversion(manifest, self.config.deepspeed.zero_stage, self.world_size)
         if converted:
@@ -473,7 +474,10 @@ class Trainer:
 
     def _open_run_dir(self) -> None:
         self.folder.describe(
-            dump_yaml(self.config), self.data[0][0].tokenizer_path, anew=self.state.step == 0
+            dump_yaml(self.config),
+            self.data[0][0].tokenizer_path,
+            self.checkpointer.folder,
+            anew=self.state.step == 0,
         )
         self.metrics.start(self.state.step)
 

@@ -7,7 +7,6 @@ not take wait in memory; no checkpoint is saved before they, too, are on the dis
 """
 
 import contextlib
-import errno
 import json
 import os
 import sys
@@ -26,6 +25,7 @@ from sparse_gpt.errors import UserError
 from sparse_gpt.json_file import parse_object, read_lines
 from sparse_gpt.train.board import Board
 
+PIECE = 1 << 20  # bytes of a log that are copied at once
 REPORTS = 64  # of bad steps that a rollback's line keeps: some KiB each, of a line's MiB
 FORMATS = {
     "loss": "{:.4f}",
@@ -132,7 +132,7 @@ class Metrics:
     def _open(self, step: int) -> None:
         self._trim(step)
         # Unbuffered: what a write did not take is known.
-        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
+        self._file = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - closed in close()
         fsync_path(self._run_dir)  # its name
         self._board = Board(self._run_dir / "tensorboard", step)
 
@@ -190,13 +190,12 @@ class Metrics:
         self.say(f"{kind:<10} step {step}/{self.total_steps}  {shown}")
 
     def sync(self) -> None:
-        """All that was logged is on the disk; `OSError` where it cannot be, or the log is gone."""
+        """All that was logged is on the disk; `OSError` where it cannot be."""
         if self.active and self._file is not None:
             self._write_waiting()
             os.fsync(self._file.fileno())
             if not self._has_its_name():
-                said = "removed or replaced in the run; the next start goes on without its lines"
-                raise OSError(errno.ESTALE, said, str(self.path))
+                self._write_anew()
             self._troubled = False
 
     def _has_its_name(self) -> bool:
@@ -205,6 +204,20 @@ class Metrics:
         except FileNotFoundError:
             return False
         return os.path.samestat(os.fstat(self._file.fileno()), there)
+
+    def _write_anew(self) -> None:
+        """The log as this run wrote it, where someone removed or replaced it meanwhile."""
+        aside = ""
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(self.path, self.path.with_name(f"{self.path.name}.replaced"))
+            aside = f"; what was in its place is {self.path.name}.replaced"
+        mine = self._file.fileno()
+        starts = range(0, os.fstat(mine).st_size, PIECE)
+        write_pieces(self.path, (os.pread(mine, PIECE, at) for at in starts))
+        again = open(self.path, "ab+", buffering=0)  # noqa: SIM115 - closed in close()
+        self._file.close()
+        self._file = again
+        self.say(f"warning: {self.path} was removed or replaced; it is written again{aside}")
 
     def _write_waiting(self) -> None:
         while self._waiting:

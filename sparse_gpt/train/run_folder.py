@@ -13,12 +13,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from sparse_gpt.data.tokenizer import copy_tokenizer
-from sparse_gpt.durable import make_folder
+from sparse_gpt.durable import make_folder, write_bytes
 from sparse_gpt.json_file import read_object
-from sparse_gpt.train.checkpoint_folder import is_there
+from sparse_gpt.train.checkpoint_folder import id_of
 from sparse_gpt.train.provenance import write_provenance
 
 LOCK = ".lock"
+CHECKPOINTS_ID = ".checkpoints-id"  # of the folder of checkpoints, which may be on another disk
 WAIT_SECONDS = 120.0  # for ranks of a start before that are saving, or a dead node's lease on NFS
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system
 
@@ -53,21 +54,27 @@ class RunFolder:
                 self._say(f"waiting for {holder}, which uses {self.path}")
                 said = True
             time.sleep(0.2)
+        self._sign()
+        return ""
+
+    def _sign(self) -> None:
         assert self._lock is not None
         now = datetime.now(UTC).isoformat(timespec="seconds")
         holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": now}
         with contextlib.suppress(OSError):  # a full disk is named by what needs it
             self._lock.truncate(0)
             self._lock.write(json.dumps(holder).encode())
-        return ""
 
     def check(self) -> str:
-        """What to say where someone removed the lock, so that another run may have the folder."""
+        """What to say where someone removed the lock and another run has the folder, or ""."""
         if self._is_ours():
             return ""
+        if self._locked():
+            self._sign()
+            return ""
         return (
-            f"{self.path / LOCK} was removed or replaced while this run used it, so another may "
-            "write there, too; see to it that only one is left, and start that again"
+            f"{self.path / LOCK} was removed while this run used it, and now {self._holder()} uses "
+            "the folder, too; end one of them, and look at what both have written"
         )
 
     def _is_ours(self) -> bool:
@@ -105,15 +112,22 @@ class RunFolder:
         print(text, file=sys.stderr, flush=True)
 
     def lost(self, checkpoints: Path) -> bool:
-        """Whether a run began here whose folder of checkpoints, older than its log, has gone."""
-        return (self.path / "metrics.jsonl").exists() and not is_there(checkpoints)
+        """Whether a run began here whose folder of checkpoints, older than its log, has gone.
 
-    def describe(self, config: str, tokenizer: Path | None, anew: bool) -> None:
+        Also where there is one, but not the one it had: a disk was mounted there.
+        """
+        if not (self.path / "metrics.jsonl").exists():
+            return False
+        had = self.path / CHECKPOINTS_ID
+        return not checkpoints.is_dir() or (had.exists() and had.read_bytes() != id_of(checkpoints))
+
+    def describe(self, config: str, tokenizer: Path | None, checkpoints: Path, anew: bool) -> None:
         """Provenance, and the tokenizer, so that an export needs nothing else.
 
         `config`: resolved, as YAML. `anew`: the run begins, whatever an earlier one left.
         """
         write_provenance(self.path, config)
+        write_bytes(self.path / CHECKPOINTS_ID, id_of(checkpoints) or b"")
         target = self.path / "tokenizer"
         if tokenizer is not None and (anew or not target.exists()):
             temporary = target.with_name("tokenizer.tmp")

@@ -191,6 +191,7 @@ class StopRequests:
         self.stop_files = {folder / STOP_FILE for folder in folders}
         self.deadline = deadline
         self._looked, self._found = 0.0, [False, False]
+        self.begin(0)  # of this run there was no step yet
 
     def begin(self, step: int) -> None:
         """Name the step being made, should the process end at once in it."""

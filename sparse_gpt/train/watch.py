@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from sparse_gpt.config import TimeoutsConfig
-from sparse_gpt.errors import Stopped, UserError
+from sparse_gpt.errors import Stopped, TryAgain, UserError
 from sparse_gpt.train import signals
 
 BEAT_SECONDS = 1.0
@@ -42,6 +42,11 @@ VERDICT = "verdict"
 class LostRank(RuntimeError):
     """An exchange failed because of another rank; the message names it."""
 
+    code = EXIT_LOST
+
+
+KINDS = {kind.__name__: kind for kind in (LostRank, UserError, TryAgain)}  # of a verdict
+
 
 class Watch:
     """Watches the ranks of one run, as a context around it. Entering and leaving are collectives.
@@ -57,7 +62,7 @@ class Watch:
         self.step = 0  # the one being made
         self._since, self._counts = time.monotonic(), False
         self._finding = self._verdict = ""  # what this rank found; what all have agreed on
-        self._code = EXIT_LOST  # the exit code that goes with it
+        self._kind: type[LostRank | UserError] = LostRank  # what goes with it
         self._found, self._done = threading.Event(), threading.Event()
         self._heard_by_all = threading.Event()  # rank 0: of the verdict
         self._threads: list[threading.Thread] = []
@@ -77,7 +82,7 @@ class Watch:
             return self
         self._main, self._looked = threading.get_ident(), time.monotonic()
         self._finding = self._verdict = ""
-        self._code = EXIT_LOST
+        self._kind = LostRank
         for event in (self._found, self._done, self._heard_by_all):
             event.clear()
         if self.world_size == 1:
@@ -114,19 +119,33 @@ class Watch:
         self._depth -= 1
         if self._depth:
             return
-        if error is not None and not isinstance(error, Stopped) and self.world_size > 1:
+        if error is None or isinstance(error, Stopped):
+            self._leave()
+            return
+        if self.world_size > 1:
             self._explain(error)
         self._done.set()
-        if error is None or isinstance(error, Stopped):
-            for thread in self._threads:
-                thread.join()
-            dist.barrier()  # rank 0's store is the last to go
+
+    def _leave(self) -> None:
+        """Once all have come so far: until then each gives its signs of life, and is watched."""
+        self.rest()
+        try:
+            dist.barrier()
+        except RuntimeError as failed:
+            self._explain(failed)
+            self._done.set()
+            raise
+        self._done.set()
+        for thread in self._threads:
+            thread.join()
+        dist.barrier()  # rank 0's store is the last to go
 
     def _explain(self, error: BaseException) -> None:
         if not _is_lost_exchange(error):
             what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if isinstance(error, UserError):  # one that all raise is told by the first
-                what, self._code = str(error), error.code
+                what = str(error)
+                self._kind = TryAgain if isinstance(error, TryAgain) else UserError
             self._finding = f"{self._name(self.rank)} failed {_in_step(self.step)}: {what}"
             self._found.wait(TELL_SECONDS)
             self._wait_until_heard()
@@ -145,8 +164,7 @@ class Watch:
         if self._found.is_set():
             self._wait_until_heard()
             self._done.set()
-            lost = LostRank if self._code == EXIT_LOST else UserError
-            raise lost(self._verdict) from error
+            raise self._kind(self._verdict) from error
         error.add_note("no rank was found to have ended or to hang")
 
     def _wait_until_heard(self) -> None:
@@ -172,9 +190,9 @@ class Watch:
     def _name(self, rank: int) -> str:
         return f"rank {rank} on {self._nodes[rank][0]}"
 
-    def _settle(self, text: str, code: int = EXIT_LOST) -> None:
+    def _settle(self, text: str, kind: type[LostRank | UserError] = LostRank) -> None:
         if not self._found.is_set():
-            self._verdict, self._code = text, code
+            self._verdict, self._kind = text, kind
             self._found.set()
 
     # The thread that talks to the store: alone, for a store that is frozen answers nobody.
@@ -192,22 +210,23 @@ class Watch:
             except (dist.DistError, RuntimeError):
                 if not self._done.is_set():
                     last = self._last_step(0) + (" or before" if self.step else "")
-                    self._settle(self._finding or f"{self._name(0)} has ended{last}", self._code)
+                    self._settle(self._finding or f"{self._name(0)} has ended{last}", self._kind)
                 return
             self._answered = time.monotonic()
 
     def _agree(self) -> None:
         """Tell or learn the verdict; rank 0 looks for who has heard it."""
         if self._finding:
-            said = self._store.compare_set(VERDICT, "", json.dumps([self._finding, self._code]))
+            verdict = json.dumps([self._finding, self._kind.__name__])
+            said = self._store.compare_set(VERDICT, "", verdict)
         elif self._store.check([VERDICT]):
             said = self._store.get(VERDICT)
         else:
             return
-        text, code = json.loads(said)
+        text, kind = json.loads(said)
         self._finding = self._finding or text
         self._store.set(f"heard/{self.rank}", "")
-        self._settle(text, code)
+        self._settle(text, KINDS[kind])
         if self.rank == 0 and all(self._knows(rank) for rank in range(self.world_size)):
             self._heard_by_all.set()
 
@@ -316,7 +335,7 @@ class Watch:
         with contextlib.suppress(OSError):  # whoever read it may be gone
             said = f"[rank {self.rank}] error: {self._verdict}\n"
             print(said, end="", file=sys.stderr, flush=True)  # in one write, see run_main
-        os._exit(self._code)
+        os._exit(self._kind.code)
 
 
 def _in_step(step: int) -> str:

@@ -9,7 +9,7 @@ import pytest
 from sparse_gpt.errors import UserError
 from sparse_gpt.train import checkpoint_folder
 from sparse_gpt.train.checkpoint_files import list_steps, step_folder
-from sparse_gpt.train.checkpoint_folder import CheckpointFolder, Unconfirmed
+from sparse_gpt.train.checkpoint_folder import ID, CheckpointFolder, Unconfirmed
 from tests.crash.runs import folder_names
 
 
@@ -75,6 +75,22 @@ def test_an_old_one_that_stays_is_said_once_and_goes_later(folder, caplog, funct
     save(folder, 5)
     assert folder_names(folder.path) == [step_folder(5)]
     assert len(caplog.records) == 1
+
+
+def test_an_id_that_was_removed_is_given_again_where_checkpoints_are_there(folder):
+    save(folder, 1)
+    given = (folder.path / ID).read_bytes()
+    (folder.path / step_folder(1) / "manifest.json").touch()
+    (folder.path / ID).unlink()
+    save(folder, 2)
+    assert (folder.path / ID).read_bytes() == given and published(folder) == {2: "whole"}
+    (folder.path / ID).unlink()  # and now there is no checkpoint, as far as it can be seen
+    for refused in (folder.ready, lambda: folder.newest("step")):
+        with pytest.raises(UserError, match="it was there before and is gone"):
+            refused()
+    (folder.path / ID).write_bytes(b"of another folder")
+    with pytest.raises(UserError, match="it was there before and is gone"):
+        folder.ready()
 
 
 def test_a_start_finds_what_cannot_be_removed(folder, caplog):

@@ -112,18 +112,42 @@ def test_lines_that_a_full_disk_did_not_take_come_once_there_is_room(tmp_path, c
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_a_log_that_was_removed_or_replaced_is_told_at_the_next_save(tmp_path, replaced):
-    """Its lines went to a file without a name; no checkpoint is saved as if they were there."""
+def test_a_log_that_was_removed_or_replaced_is_whole_at_the_next_save(tmp_path, capsys, replaced):
+    """Its lines went to a file without a name; what was put in its place is kept beside it."""
     log = metrics(tmp_path)
     log.start(0)
     log.log("train", 1, {"loss": 1.0})
-    log.sync()
     log.path.unlink()
     if replaced:
-        log.path.touch()
-    with pytest.raises(OSError, match=r"removed or replaced in the run.*metrics\.jsonl"):
-        log.sync()
+        log.path.write_text("of someone else")
+    log.log("train", 2, {"loss": 1.0})
+    log.sync()
+    assert steps_in(tmp_path) == [1, 2]
+    assert capsys.readouterr().out.count("was removed or replaced; it is written again") == 1
+    beside = tmp_path / "metrics.jsonl.replaced"
+    assert beside.exists() == replaced and (not replaced or "else" in beside.read_text())
+    log.log("train", 3, {"loss": 1.0})
+    log.sync()
     log.close()
+    assert steps_in(tmp_path) == [1, 2, 3]
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_a_log_that_cannot_be_written_again_is_an_error_that_costs_no_line(tmp_path):
+    """The whole folder is gone, and comes back."""
+    run = tmp_path / "run"
+    run.mkdir()
+    log = metrics(run)
+    log.start(0)
+    log.log("train", 1, {"loss": 1.0})
+    run.rename(tmp_path / "away")
+    with pytest.raises(OSError, match="No such file"):
+        log.sync()
+    log.log("train", 2, {"loss": 1.0})
+    (tmp_path / "away").rename(run)
+    log.sync()
+    log.close()
+    assert steps_in(run) == [1, 2]
 
 
 def test_a_log_that_has_gone_between_two_starts_is_told(tmp_path, capsys):

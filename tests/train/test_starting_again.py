@@ -176,6 +176,20 @@ def test_a_folder_of_checkpoints_that_has_gone_does_not_begin_the_run_anew(corpu
     assert started(corpus, again, stop_at=1, checkpoint__resume="never")["steps"] == [1]
 
 
+def test_a_run_of_an_earlier_version_that_had_not_saved_yet_begins_anew(corpus, tmp_path):
+    """Its folder of checkpoints had no id."""
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    assert started(corpus, run, stop_at=1)["steps"] == [1]
+
+
+def test_a_copy_without_hidden_files_goes_on(corpus, again):
+    for hidden in (*again.glob(".*"), *(again / "checkpoints").glob(".*")):
+        hidden.unlink()
+    assert started(corpus, again, stop_at=4)["steps"] == [4]
+
+
 def test_where_every_checkpoint_was_moved_away_the_run_begins_anew(corpus, again):
     """As is advised for a damaged one: the folder is there, and nothing is lost by a mistake."""
     (again / "checkpoints/step-00000003").rename(again / "damaged")

@@ -91,6 +91,25 @@ def test_ranks_that_all_go_on_are_not_disturbed():
         assert not any(name.startswith("watch-") for name in names)
 
 
+def leave_one_by_one(late, timeouts):
+    import torch.distributed as dist
+
+    from sparse_gpt.train import watch
+
+    watch.BEAT_SECONDS, watch.GRACE_SECONDS = 0.2, 0.5
+    with watch.Watch(TimeoutsConfig(**timeouts)):
+        if dist.get_rank() == late:
+            time.sleep(6.0)
+    return "left"
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_that_leaves_last_takes_nobody_for_lost(late):
+    """Such as the first one, which alone closes the log, by a network."""
+    timeouts = {"silence": 2.0, "progress": 1.0}
+    assert run_ranks(2, leave_one_by_one, late, timeouts) == ["left"] * 2
+
+
 @pytest.mark.parametrize("faulty", [0, 1])
 def test_a_killed_rank_is_named(monkeypatch, faulty):
     said = lost(monkeypatch, 2, faulty, signal.SIGKILL)
