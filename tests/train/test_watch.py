@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import pytest
 
 from sparse_gpt.config import TimeoutsConfig
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import TryAgain, UserError
 from tests.ranks import ROOT, RankError, run_ranks
 from tests.tiny import write_corpus
 
@@ -38,7 +38,8 @@ def end_of_a_user_error():
 def work(faulty, fault, timeouts):
     """Steps with an exchange each, of which a rank does not make the third.
 
-    `fault`: "start" is a kill before the first, "refuse" an error of its own in the third.
+    `fault`: "start" is a kill before the first, "refuse" or "again" an error of its own in the
+    third.
     """
     import torch
     import torch.distributed as dist
@@ -67,8 +68,8 @@ def work(faulty, fault, timeouts):
                         stay_here()
                     elif fault == "fail":
                         raise ZeroDivisionError("a fault")
-                    elif fault == "refuse":
-                        raise UserError("token 70000 is none")
+                    elif fault in ("refuse", "again"):
+                        raise {"refuse": UserError, "again": TryAgain}[fault]("token 70000 is none")
                     os.kill(os.getpid(), fault)
             dist.all_reduce(torch.ones(1))
             if step == STEP + 1:
@@ -134,10 +135,11 @@ def test_a_rank_killed_before_its_first_step_is_named(monkeypatch, faulty):
 
 
 @pytest.mark.parametrize("faulty", [0, 1])
-def test_a_user_error_of_one_rank_ends_all_with_its_text_and_code(monkeypatch, faulty):
+@pytest.mark.parametrize(("fault", "code"), [("refuse", 2), ("again", 1)])
+def test_a_user_error_of_one_rank_ends_all_with_its_text_and_code(monkeypatch, faulty, fault, code):
     """Of rank 0, too, whose store goes with it; the others have no traceback."""
-    said = lost(monkeypatch, 3, faulty, "refuse")
-    assert said.count("died with exit status 2") == 3 and "Traceback" not in said
+    said = lost(monkeypatch, 3, faulty, fault)
+    assert said.count(f"died with exit status {code}") == 3 and "Traceback" not in said
     assert said.count("\nerror: token 70000 is none") == 1
     text = f"\nerror: rank {faulty} on {HOST} failed in step 3: token 70000 is none"
     assert said.count(text) == 2
