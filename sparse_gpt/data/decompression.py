@@ -1,5 +1,6 @@
 """What compressed files unfold into, as long as it could be text."""
 
+import gzip
 import io
 import lzma
 import zipfile
@@ -17,7 +18,6 @@ _PIECE = 1 << 16  # most at once: a reader may ask for a gigabyte
 FREE_BYTES = 1 << 26  # decompressed before the expansion is looked at
 _WINDOW = 1 << 27  # what xz may keep to refer to: twice its most; zstd has the same bound
 _DAMAGE = (
-    OSError,
     EOFError,
     zlib.error,
     lzma.LZMAError,
@@ -30,7 +30,8 @@ class Watched(io.RawIOBase):
     """Decompressed bytes, as long as they are not absurdly many for the compressed ones read.
 
     name: of the file, for messages. raw: its position tells the bytes read. longest_line: in
-    bytes. closes: what this file closes with itself. Raises UserError, for damage, too.
+    bytes. closes: what this file closes with itself. Raises UserError, for damage, too; any other
+    error again at every later read, for buffers have lost what was read before it.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Watched(io.RawIOBase):
         self._name, self._raw, self._source = name, raw, decompressed
         self._longest, self._closes = longest_line, closes
         self._start, self._given, self._line = raw.tell(), 0, 0
+        self._failure: Exception | None = None
 
     def readable(self) -> bool:
         return True
@@ -55,11 +57,14 @@ class Watched(io.RawIOBase):
                 file.close()
 
     def readinto(self, buffer: Any, /) -> int:
+        if self._failure is not None:
+            raise self._failure
         try:
             n = self._source.readinto(memoryview(buffer)[:_PIECE])
-        except _DAMAGE as error:
-            if getattr(error, "errno", None) is not None:
-                raise  # the disk's, not the content's
+        except Exception as error:
+            if not _is_damage(error):
+                self._failure = error
+                raise
             raise UserError(f"{self._name} is damaged: {error}") from error
         self._given += n
         read = self._raw.tell() - self._start
@@ -76,6 +81,13 @@ class Watched(io.RawIOBase):
                     f"{self._name} has a line of more than {self._longest:,} bytes; split it"
                 )
         return n
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether it is the content's: those of a disk have a number, a network's a class of theirs."""
+    if isinstance(error, OSError):
+        return type(error) in (OSError, gzip.BadGzipFile) and error.errno is None
+    return isinstance(error, _DAMAGE)
 
 
 class Frames(io.RawIOBase):

@@ -1,12 +1,15 @@
 """Numbers of a file, read where they are asked for, by a descriptor that stays open.
 
 Not a memory map: a file that shrinks, or a page that its disk or network mount cannot give, would
-end the process with SIGBUS and not a word. Here both are a `UserError` that names the file.
+end the process with SIGBUS and not a word. Here both are a `UserError` that names the file, the
+second a `TryAgain`.
 """
 
 import copy
+import errno
 import os
 import resource
+import stat
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -15,11 +18,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import TryAgain, UserError
 
 _limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 # Open at once, over all files of this process; the rest of its descriptors is for others.
 MOST_OPEN = _limit // 4 if _limit > 0 else 1 << 16
+# The user's, where they are met at first; later they are the disk's or mount's, as all others are.
+_FINAL = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM}
 _NEVER = (-1, -1)  # size and time of change of a file that was not opened yet
 
 
@@ -75,11 +80,14 @@ class NumberFile:
         start, stop, _ = where.indices(self._count)
         out = np.empty(max(0, stop - start), self.dtype)
         rest, at = out.view(np.uint8).data, self._offset + start * self.dtype.itemsize
-        held = self._held or self._open()
+        held, stale = self._held or self._open(), False
         while rest:
             try:
                 got = os.preadv(held.number, [rest], at)
             except OSError as error:
+                if error.errno == errno.ESTALE and not stale:
+                    held, stale = self._open(), True  # a network mount's server may be back
+                    continue
                 raise self._unreadable(error) from error
             if got == 0:
                 raise UserError(
@@ -96,6 +104,8 @@ class NumberFile:
         try:
             held = _Descriptor(os.open(self.path, os.O_RDONLY))
             state = os.fstat(held.number)
+            if stat.S_ISDIR(state.st_mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         except OSError as error:
             raise self._unreadable(error) from error
         stamp = state.st_size, state.st_mtime_ns
@@ -114,7 +124,8 @@ class NumberFile:
         return held
 
     def _unreadable(self, error: OSError) -> UserError:
-        return UserError(
+        final = self._stamp == _NEVER and error.errno in _FINAL
+        return (UserError if final else TryAgain)(
             f"{self.path} cannot be read: {error.strerror or error}; make sure that it is there "
             "and its disk or network mount is whole, then start again"
         )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from sparse_gpt.config import RunConfig
 from sparse_gpt.durable import make_folder
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import TryAgain, UserError
 from sparse_gpt.train.build import open_sources
 from sparse_gpt.train.first_rank import on_first_rank
 
@@ -26,23 +26,24 @@ def on_every_rank(action: Callable[[], object], where: str) -> None:
 
     An `OSError` or `UserError` of any rank is raised on all of them as a `UserError`, so that no
     rank waits for one that has gone. It names the rank and its node unless all met the same.
+    Where each is a `TryAgain`, so is what is raised.
     """
-    problem = ""
+    problem, final = "", True
     try:
         action()
     except UserError as error:
-        problem = str(error)
+        problem, final = str(error), not isinstance(error, TryAgain)
     except OSError as error:
         problem = f"{where}: {error}"
-    met: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    dist.all_gather_object(met, (problem, socket.gethostname()))
-    said = {rank: text for rank, (text, _) in enumerate(met) if text}
+    met: list[tuple[str, bool, str]] = [("", True, "")] * dist.get_world_size()
+    dist.all_gather_object(met, (problem, final, socket.gethostname()))
+    said = {rank: text for rank, (text, _, _) in enumerate(met) if text}
     if not said:
         return
     rank, text = next(iter(said.items()))
     if len(said) < len(met):
-        text += f" (rank {rank} on {met[rank][1]}; {len(said)} of {len(met)} ranks)"
-    raise UserError(text)
+        text += f" (rank {rank} on {met[rank][2]}; {len(said)} of {len(met)} ranks)"
+    raise (UserError if any(met[rank][1] for rank in said) else TryAgain)(text)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from sparse_gpt.data import document_starts, number_file
 from sparse_gpt.data.loader import PackedDataset, TrainLoader, eval_batches
 from sparse_gpt.data.number_file import NumberFile
 from sparse_gpt.data.shards import open_data, verify
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import EXIT_FAILED, EXIT_USER_ERROR, TryAgain, UserError
 from tests.data.fixtures import make_folder, random_documents
 from tests.data.test_megatron import write_pair
 
@@ -89,8 +89,76 @@ def test_a_disk_that_fails_in_the_middle(folder, failing, name, number):
     assert np.array_equal(train.read(0, 2000), FLAT[:2000])
     read = train.document_ids if name == "train.doc.npy" else train.read
     said = rf"data/{name} cannot be read: {os.strerror(number)}; make sure"
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(TryAgain, match=said):
         read(0, train.n_tokens)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES])
+def test_a_read_that_fails_is_for_the_next_start(folder, failing, monkeypatch, number):
+    """Exit code 1, with which a supervisor starts again: nothing that was given is wrong."""
+    train = open_data(folder).split("train")
+    failing(folder / "train-00002.bin", number)
+    with pytest.raises(TryAgain, match="cannot be read") as raised:
+        train.read(0, train.n_tokens)
+    assert raised.value.code == EXIT_FAILED
+    monkeypatch.undo()
+    assert np.array_equal(train.read(0, train.n_tokens), FLAT)
+
+
+def test_a_stale_handle_is_opened_once_more(folder, monkeypatch):
+    train = open_data(folder).split("train")
+    real, opened, stale = os.preadv, os.open, set()
+
+    def open_again(*args):
+        stale.clear()
+        return opened(*args)
+
+    def preadv(descriptor, buffers, offset):
+        if descriptor in stale:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(os, "open", open_again)
+    file = train._shards[2]
+    assert isinstance(file, NumberFile) and file._held is not None
+    stale.add(file._held.number)
+    assert np.array_equal(train.read(0, train.n_tokens), FLAT)
+    assert not stale and file._held is not None
+    path = folder / "train-00002.bin"
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    stale.add(file._held.number)
+    with pytest.raises(UserError, match=r"train-00002\.bin is not the file that was") as raised:
+        train.read(0, train.n_tokens)
+    assert raised.value.code == EXIT_USER_ERROR
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        *((number, EXIT_USER_ERROR) for number in (errno.ENOENT, errno.EACCES, errno.EPERM)),
+        *((number, EXIT_FAILED) for number in (errno.EIO, errno.ESTALE, errno.EMFILE)),
+    ],
+)
+def test_the_code_of_a_file_that_cannot_be_opened(folder, monkeypatch, number, code):
+    """At first, and later, when it was there."""
+    train = open_data(folder).split("train")
+
+    def refuse(path, flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(UserError, match=r"bin cannot be read") as raised:
+        open_data(folder)
+    assert raised.value.code == code
+    with pytest.raises(TryAgain, match=r"cannot be read"):
+        pickle.loads(pickle.dumps(train)).read(0, 1)  # noqa: S301
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path):
+    with pytest.raises(UserError, match="cannot be read: Is a directory") as raised:
+        NumberFile(tmp_path, "u1")
+    assert raised.value.code == EXIT_USER_ERROR
 
 
 def test_a_disk_that_fails_at_opening_and_in_verify(folder, failing, monkeypatch):

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import random
 import re
 import subprocess
 import sys
@@ -11,14 +12,17 @@ import tarfile
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import zstandard
+from datasets import config
 from datasets.utils import file_utils  # here, not where memory is measured
 from fsspec.compression import compr
+from fsspec.exceptions import FSTimeoutError
 
-from sparse_gpt.data import corpus
+from sparse_gpt.data import corpus, dataset_files
 from sparse_gpt.errors import UserError
 
 MIB = 1 << 20
@@ -142,6 +146,71 @@ def test_damage(tmp_path, refused, kind):
         _read(folder)
 
 
+class Connection(io.BytesIO):
+    """A file whose reads of certain numbers, from 1, fail."""
+
+    fails: tuple[int, ...] = ()
+    error: Exception = FSTimeoutError("timeout")
+    reads = 0
+
+    def read(self, *size):
+        self.reads += 1
+        if self.reads in self.fails:
+            raise self.error
+        return super().read(*size)
+
+
+def _opened(kind: str, connection: Connection):
+    """As `datasets` opens it, and what must stay for that."""
+    with dataset_files.watched(MIB):
+        if kind != "zip":
+            name = {"gz": "gzip", "zst": "zstd"}.get(kind, kind)
+            opener: Any = dict[Any, Any](compr)[name]
+            file, archive = opener(connection, mode="rb"), None
+        else:
+            archive = fsspec.get_filesystem_class("zip")(connection)
+            file = archive.open("a.txt")
+    connection.reads = 0
+    return file_utils._add_retries_to_file_obj_read_method(file), archive
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_connection_that_fails_is_asked_again(monkeypatch, kind):
+    """At once, where nothing that was read before is lost; the library's own way may lose it."""
+    monkeypatch.setattr(config, "STREAMING_READ_RETRY_INTERVAL", 0)
+    rng = random.Random(0)
+    content = "".join(f"{rng.random()}\n" for _ in range(6000)).encode()
+    packed = _compress(kind, "a.txt", content)
+    for fails in ((1,), (3,), (2, 3, 5), (6,)):
+        for size in (5000, MIB):
+            connection = Connection(packed)
+            file, _archive = _opened(kind, connection)
+            connection.fails = fails
+            found = b""
+            while piece := file.read(size):
+                found += piece
+            assert found == content
+            assert fails != (1,) or connection.reads > 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "error",
+    [ConnectionError("Server Disconnected"), ConnectionResetError("gone"), OSError(5, "disk")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_connection_that_is_lost_is_no_damage(kind, error):
+    """It is said again: what comes after it in the buffers is not what comes after it."""
+    connection = Connection(_compress(kind, "a.txt", bytes(range(256)) * 400))
+    connection.error = error
+    file, _archive = _opened(kind, connection)
+    connection.fails = (1,)
+    for _ in range(2):
+        with pytest.raises(type(error)) as raised:
+            file.read(5000)
+        assert raised.value is error
+
+
 def test_a_window_of_xz_larger_than_any_file(tmp_path, refused):
     frame = bytearray(lzma.compress(b"text"))
     frame[16] = 40  # 4 GiB
@@ -191,6 +260,28 @@ def test_nothing_is_changed_between_rows(tmp_path):
     assert _hooks() == before
     assert corpus.dataset_splits(str(folder), None) == ["train"]
     assert _hooks() == before
+
+
+def test_hooks_are_made_once(monkeypatch):
+    """They are in while a row is read, a bad one too, and for none they are made anew."""
+    made, before = [], _hooks()
+    once = dataset_files._once
+    monkeypatch.setattr(dataset_files, "_once", lambda inferred: made.append(1) or once(inferred))
+
+    def split():
+        for number in range(3):
+            assert all(now != was for now, was in zip(_hooks(), before))
+            yield number
+        raise ValueError("a bad row")
+
+    rows = dataset_files.rows(split(), "there", MIB)
+    for number in range(3):
+        assert next(rows) == (f"there row {number}", number)
+        assert _hooks() == before
+    with pytest.raises(UserError, match="there row 3 cannot be read: a bad row"):
+        next(rows)
+    assert _hooks() == before
+    assert made == [1]
 
 
 def test_the_command(tmp_path):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from sparse_gpt.errors import UserError
+from sparse_gpt.errors import TryAgain, UserError
 from tests.contracts.runs import run_config
 from tests.multi_node.runs import launched, write_config
 from tests.ranks import run_ranks
@@ -38,6 +38,30 @@ def test_what_one_rank_meets_all_of_them_raise():
 
 def test_what_all_ranks_meet_is_said_as_it_is():
     assert run_ranks(2, failing_on_rank_1, True) == ["this", "this"]
+
+
+def raising_by_rank(kinds):
+    import torch.distributed as dist
+
+    from sparse_gpt.train.every_rank import on_every_rank
+
+    def action():
+        if (kind := kinds[dist.get_rank()]) is not None:
+            raise kind("this")
+
+    try:
+        on_every_rank(action, "place")
+    except UserError as error:
+        return error.code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("kinds", "code"), [((None, TryAgain), 1), ((TryAgain, UserError), 2), ((None, None), 0)]
+)
+def test_the_code_of_what_ranks_meet(kinds, code):
+    """The same start is of use where nothing else is wrong anywhere."""
+    assert run_ranks(2, raising_by_rank, kinds) == [code, code]
 
 
 def seeing_another_folder(corpus, folders):
