@@ -28,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NEEDS_DATA = "needs SPARSE_GPT_DATA"
 
 refuse_network()
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # So it is in the background of a script, and of all that is started there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
     # Under nohup tests still outlive a terminal, but what they start begins as if without it.
     signal.signal(signal.SIGHUP, lambda number, frame: None)
