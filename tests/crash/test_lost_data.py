@@ -24,7 +24,7 @@ runpy.run_path({script!r}, run_name="__main__")
 pytestmark = pytest.mark.launcher
 
 
-@pytest.mark.parametrize("ranks", [1, RANKS])
+@pytest.mark.parametrize("ranks", [1, pytest.param(RANKS, marks=pytest.mark.slow)])
 def test_a_shard_cut_short_in_training(tmp_path, tiny, ranks):
     """Of several ranks the first to read it says so, and the others that it did."""
     data = tmp_path / "data"
@@ -40,6 +40,7 @@ def test_a_shard_cut_short_in_training(tmp_path, tiny, ranks):
     assert max(step for _, step in curve(tmp_path / "run")) < 2000
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_in_training(tmp_path, tiny):
     """The next start may find it whole: a code after which a supervisor tries."""
     gone, script = tmp_path / "gone", tmp_path / "pretrain.py"

@@ -25,7 +25,7 @@ from sparse_gpt.finetune import spdf
 from sparse_gpt.finetune.spdf import finetune
 from sparse_gpt.train import pretrain as pretraining
 from tests.experiment.tiny import BASE, write_experiment
-from tests.ranks import ROOT, cleanup_engine, run_ranks
+from tests.ranks import ROOT, run_ranks
 
 TUNING = {
     "data": [{"path": "text"}],
@@ -149,8 +149,7 @@ def in_a_rank(path, stage):
             with mock.patch.object(spdf.dist, "destroy_process_group"):
                 finetune(path)
         else:
-            with mock.patch.object(pretraining, "_leave", lambda t: cleanup_engine(t.engine)):
-                pretraining.pretrain(path)
+            pretraining.pretrain(path)
 
 
 @pytest.fixture(scope="module")

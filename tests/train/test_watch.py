@@ -104,7 +104,7 @@ def leave_one_by_one(late, timeouts):
     return "left"
 
 
-@pytest.mark.parametrize("late", [0, 1])
+@pytest.mark.parametrize("late", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_leaves_last_takes_nobody_for_lost(late):
     """Such as the first one, which alone closes the log, by a network."""
     timeouts = {"silence": 2.0, "progress": 1.0}
