@@ -113,6 +113,8 @@ class Metrics:
         """
         if not self.active:
             return []
+        if not self._has_its_name():
+            self._write_anew()
         bad = deque(self._bad_steps_after(step), maxlen=REPORTS)
         self._file.close()
         self._close_board()

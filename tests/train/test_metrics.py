@@ -133,6 +133,19 @@ def test_a_log_that_was_removed_or_replaced_is_whole_at_the_next_save(tmp_path, 
     assert "warning" not in capsys.readouterr().out
 
 
+def test_a_log_that_was_removed_before_a_rollback_keeps_its_lines_and_reports(tmp_path):
+    log = metrics(tmp_path)
+    log.start(0)
+    for step in (1, 2):
+        log.log("train", step, {"loss": 1.0})
+    log.log("nonfinite", 2, {"found": "a bad loss"})
+    log.path.unlink()
+    assert log.rewind(1) == [{"step": 2, "found": "a bad loss"}]
+    log.log("train", 2, {"loss": 1.0})
+    log.close()
+    assert steps_in(tmp_path) == [1, 2]
+
+
 def test_a_log_that_cannot_be_written_again_is_an_error_that_costs_no_line(tmp_path):
     """The whole folder is gone, and comes back."""
     run = tmp_path / "run"
